@@ -1,0 +1,30 @@
+"""Torch only: affine algebra, branches, block, network, conversion."""
+
+from repvgg.model.affine import Affine, identity_map, norm_as_affine
+from repvgg.model.block import Block, FusedBlock, SqueezeExcite
+from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, NotAffineError
+from repvgg.model.convert import Equivalence, equivalence, to_deploy
+from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
+from repvgg.model.network import RepVGG
+
+__all__ = [
+    "Affine",
+    "Block",
+    "Branch",
+    "BranchFactory",
+    "ConvBN",
+    "ConvShape",
+    "Equivalence",
+    "FusedBlock",
+    "Identity",
+    "NotAffineError",
+    "RepVGG",
+    "SqueezeExcite",
+    "count_macs",
+    "count_parameters",
+    "count_winograd_muls",
+    "equivalence",
+    "identity_map",
+    "norm_as_affine",
+    "to_deploy",
+]

@@ -1,0 +1,101 @@
+"""The algebra of re-parameterization: pure functions on the affine maps that a block's branches are.
+
+Every re-parameterizable thing is ``x -> conv2d(x, kernel, padding=dilation * (k // 2)) + bias`` (paper, section 3.3,
+Figure 4). Two such maps add, and one of them followed by an eval-mode batch normalisation is another: that is all.
+
+Letters: O output channels, I input channels, g groups, k kernel size (odd).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The map ``x -> conv2d(x, kernel) + bias``, zero-padded so that the kernel's centre sits on the pixel.
+
+    Stride, groups and dilation belong to the block, not to the map: only maps of one block are ever added.
+
+    Attributes:
+        kernel: O × I/g × k × k', both sizes odd.
+        bias: O.
+
+    Raises:
+        ValueError: an even kernel, which has no centre to align with others, or shapes that do not fit.
+    """
+
+    kernel: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        if self.kernel.ndim != 4:
+            raise ValueError(f"a kernel is O x I/g x k x k, this one has shape {tuple(self.kernel.shape)}")
+        if any(size % 2 == 0 for size in self.kernel.shape[2:]):
+            size = "x".join(map(str, self.kernel.shape[2:]))
+            raise ValueError(f"a {size} kernel has no centre pixel: only odd sizes can be added and fused")
+        if self.bias.shape != self.kernel.shape[:1]:
+            raise ValueError(
+                f"bias of shape {tuple(self.bias.shape)} for a kernel of {self.kernel.shape[0]} output channels"
+            )
+
+    def __add__(self, other: Affine) -> Affine:
+        """The sum of both maps; the smaller kernel is zero-padded about its centre (paper, section 3.3)."""
+        height = max(self.kernel.shape[2], other.kernel.shape[2])
+        width = max(self.kernel.shape[3], other.kernel.shape[3])
+        a, b = self.padded_to(height, width), other.padded_to(height, width)
+        if a.kernel.shape != b.kernel.shape:
+            raise ValueError(f"kernels {tuple(a.kernel.shape)} and {tuple(b.kernel.shape)} are not of one block")
+        return Affine(a.kernel + b.kernel, a.bias + b.bias)
+
+    def padded_to(self, height: int, width: int) -> Affine:
+        """The same map with a kernel of at least ``height`` × ``width``, zeros around its centre."""
+        rows = (height - self.kernel.shape[2]) // 2
+        columns = (width - self.kernel.shape[3]) // 2
+        return Affine(F.pad(self.kernel, (columns, columns, rows, rows)), self.bias)
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
+        """This map followed by ``y -> scale * y + shift`` per output channel (scale, shift: O)."""
+        return Affine(self.kernel * scale[:, None, None, None], self.bias * scale + shift)
+
+    def then_norm(self, norm: nn.Module) -> Affine:
+        """This map followed by ``norm`` as it is in eval mode (equation 3); ``nn.Identity`` changes nothing."""
+        return self if isinstance(norm, nn.Identity) else self.scaled(*norm_as_affine(norm, self.kernel))
+
+    def to(self, dtype: torch.dtype) -> Affine:
+        """The same map in another precision."""
+        return Affine(self.kernel.to(dtype), self.bias.to(dtype))
+
+
+def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale ``γ / sqrt(σ² + ε)`` and shift ``β − μ γ / sqrt(σ² + ε)`` of an eval-mode BatchNorm (equation 2).
+
+    Returns:
+        scale and shift, each of shape (channels,), with the dtype and device of ``like``.
+
+    Raises:
+        ValueError: ``norm`` is no BatchNorm with running statistics, so it has no fixed scale.
+    """
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"{type(norm).__name__} is not a batch normalisation, it cannot be folded into a kernel")
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("this BatchNorm keeps no running statistics (track_running_stats=False): nothing to fold")
+    scale = (norm.running_var.to(like) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(like)
+    shift = -norm.running_mean.to(like) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(like)
+    return scale, shift
+
+
+def identity_map(channels: int, groups: int, *, dtype: torch.dtype, device: torch.device) -> Affine:
+    """The identity as a 1×1 grouped convolution: channel i of a group reads channel i of that group."""
+    kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=dtype, device=device)
+    rows = torch.arange(channels, device=device)
+    kernel[rows, rows % (channels // groups)] = 1
+    return Affine(kernel, torch.zeros(channels, dtype=dtype, device=device))

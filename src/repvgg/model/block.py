@@ -1,0 +1,142 @@
+"""The block, ``activation(se(norm(sum of branches)))``, and the one convolution that it becomes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repvgg.model.affine import Affine
+from repvgg.model.branches import Branch, BranchFactory, ConvShape, NotAffineError
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention of D2se (Hu et al. 2018): before the ReLU, hidden width C // 16, 1×1 convolutions.
+
+    Pools over the whole map, so that any input size works.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.up = nn.Conv2d(hidden, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × C × H × W to the same shape, each channel scaled by a factor in (0, 1)."""
+        pooled = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.up(F.relu(self.down(pooled))))
+
+
+class Block(nn.Module):
+    """One layer of the network as it is trained: ``activation(se(norm(sum of branches)))`` (paper, equation 1).
+
+    It knows neither which branches it has nor whether it is deployed: branches are a list, and the deploy form is
+    another module, :class:`FusedBlock`.
+
+    Args:
+        shape: the convolution that the branches fuse into.
+        branches: makes each branch, or None where a design has none at this shape.
+        norm: a BatchNorm after the sum (post-addition BN of Table 7, QARepVGG).
+        se_hidden: hidden width of a squeeze-and-excitation before the activation, 0 for none.
+
+    Raises:
+        ValueError: no branch is left at this shape.
+    """
+
+    def __init__(
+        self, shape: ConvShape, branches: Sequence[BranchFactory], *, norm: bool = False, se_hidden: int = 0
+    ) -> None:
+        super().__init__()
+        made = [make(shape) for make in branches]
+        self.branches = nn.ModuleList(branch for branch in made if branch is not None)
+        if not self.branches:
+            raise ValueError(f"a block of {shape} is left with no branch: list one that exists at every shape")
+        self.shape = shape
+        self.norm = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
+        self.se = SqueezeExcite(shape.out_channels, se_hidden) if se_hidden else nn.Identity()
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        total = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return self.activation(self.se(self.norm(total)))
+
+    def affine(self, dtype: torch.dtype = torch.float64) -> Affine:
+        """The one map that ``norm(sum of branches)`` is in eval mode, differentiable in the parameters.
+
+        Args:
+            dtype: the precision that the branches are folded in.
+
+        Raises:
+            NotAffineError: a branch is no affine map.
+        """
+        # A bare identity alone has no tensors; every other block is where its parameters are.
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        maps = []
+        for branch in self.branches:
+            if not isinstance(branch, Branch):
+                raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no affine()")
+            maps.append(branch.affine(dtype, device))
+        return reduce(operator.add, maps).then_norm(self.norm)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # Also under strict=False, where such a file would leave every branch as it was initialised.
+        if prefix + "conv.weight" in state_dict:
+            raise ValueError(
+                f"layer '{prefix.rstrip('.')}': these weights are of a deploy form (they hold '{prefix}conv.weight'), "
+                "the model is a train form. Branches cannot be recovered from their sum: load a checkpoint "
+                "of the train form, or convert the model first with repvgg.model.to_deploy(model)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FusedBlock(nn.Module):
+    """One layer as it is deployed: a convolution with bias, SE where the block had one, activation (Figure 2 C).
+
+    Args:
+        affine: the fused map; its dtype and device are the layer's.
+        shape: of the block it comes from.
+        se: an SE module or ``nn.Identity``.
+        activation: the block's.
+    """
+
+    def __init__(self, affine: Affine, shape: ConvShape, se: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        height, width = affine.kernel.shape[2:]
+        # skip_init: initialising would draw random numbers, and conversion must not move the generator.
+        self.conv = nn.utils.skip_init(
+            nn.Conv2d,
+            shape.in_channels,
+            shape.out_channels,
+            (height, width),
+            stride=shape.stride,
+            padding=(shape.dilation * (height // 2), shape.dilation * (width // 2)),
+            dilation=shape.dilation,
+            groups=shape.groups,
+            device=affine.kernel.device,
+            dtype=affine.kernel.dtype,
+        )
+        with torch.no_grad():
+            self.conv.weight.copy_(affine.kernel)
+            self.conv.bias.copy_(affine.bias)
+        self.se = se
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        return self.activation(self.se(self.conv(x)))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix + "branches.") for key in state_dict):
+            raise ValueError(
+                f"layer '{prefix.rstrip('.')}': these weights are of a train form (they hold '{prefix}branches.*'), "
+                "the model is a deploy form. Load them into the train form, then call repvgg.model.to_deploy(model)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,142 @@
+"""What a block sums. A branch computes, and says which affine map it is now.
+
+A design of your own is one class with these two methods, or, made of the classes here, only a YAML file in
+``conf/ablation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from repvgg.model.affine import Affine, identity_map
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What a block's branches have in common: the convolution that they all fuse into.
+
+    Raises:
+        ValueError: channels that the groups do not divide, or a stride or dilation below 1.
+    """
+
+    in_channels: int
+    out_channels: int
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide {self.in_channels} input and {self.out_channels} output channels"
+            )
+        if min(self.in_channels, self.out_channels, self.stride, self.groups, self.dilation) < 1:
+            raise ValueError(f"channels, stride, groups and dilation are at least 1: {self}")
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether an output has the shape of its input, so that an identity branch can exist."""
+        return self.in_channels == self.out_channels and self.stride == 1
+
+
+class Branch(nn.Module):
+    """One summand of a block: N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+
+    def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
+        """The map that this branch is in eval mode, computed in ``dtype`` and differentiable in the parameters.
+
+        Raises:
+            NotAffineError: the branch is no such map; this default is for branches with a nonlinearity inside.
+        """
+        raise NotAffineError(
+            f"{type(self).__name__} says of no affine map that it equals it: a block with such a branch cannot "
+            "become one convolution. Give the class an affine() method, or train without this branch"
+        )
+
+
+class NotAffineError(ValueError):
+    """A branch or a norm that no convolution equals."""
+
+
+#: Makes a branch for a shape, or None where the design has none there. What the YAML files of conf/ablation list.
+BranchFactory = Callable[[ConvShape], Branch | None]
+
+
+class ConvBN(Branch):
+    """A k×k convolution without bias and its BatchNorm; k = 1 is the paper's 1×1 branch (section 3.2).
+
+    Args:
+        shape: the block's convolution.
+        kernel_size: odd.
+        norm: False leaves the BatchNorm out (post-addition BN of Table 7; the 1×1 branch of QARepVGG).
+
+    Raises:
+        ValueError: an even ``kernel_size``.
+    """
+
+    def __init__(self, shape: ConvShape, kernel_size: int = 3, norm: bool = True) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} is not odd: it has no centre to align with other branches")
+        # A 1×1 convolution with stride s reads every s-th pixel and nothing else. Taking those pixels first is the
+        # same map; the strided kernel's backward in channels_last corrupts the heap on CPU (torch 2.13, few input
+        # channels, large maps: stage 0's 1×1 branch exactly).
+        self.subsample = shape.stride if kernel_size == 1 else 1
+        self.conv = nn.Conv2d(
+            shape.in_channels,
+            shape.out_channels,
+            kernel_size,
+            stride=1 if kernel_size == 1 else shape.stride,
+            padding=shape.dilation * (kernel_size // 2),
+            dilation=shape.dilation,
+            groups=shape.groups,
+            bias=False,
+        )
+        self.bn = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × I × H × W to N × O × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        if self.subsample > 1:
+            x = x[:, :, :: self.subsample, :: self.subsample]
+        return self.bn(self.conv(x))
+
+    def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
+        """The kernel, scaled by the BatchNorm (equation 3)."""
+        kernel = self.conv.weight.to(device, dtype)
+        return Affine(kernel, kernel.new_zeros(kernel.shape[0])).then_norm(self.bn)
+
+
+class Identity(Branch):
+    """The identity and its BatchNorm (paper, section 3.2), or the bare identity of Table 7.
+
+    Args:
+        shape: the block's convolution; it must keep the shape of its input.
+        norm: False leaves the BatchNorm out.
+
+    Raises:
+        ValueError: a shape with other output channels than input channels, or with a stride.
+    """
+
+    def __init__(self, shape: ConvShape, norm: bool = True) -> None:
+        super().__init__()
+        if not shape.keeps_shape:
+            raise ValueError(f"no identity from {shape}: use Identity.where_it_fits to leave it out there")
+        self.channels, self.groups = shape.in_channels, shape.groups
+        self.bn = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
+
+    @classmethod
+    def where_it_fits(cls, shape: ConvShape, norm: bool = True) -> Identity | None:
+        """The branch, or None where input and output differ in shape (the first block of every stage)."""
+        return cls(shape, norm) if shape.keeps_shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × C × H × W to the same shape."""
+        return self.bn(x)
+
+    def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
+        """A 1×1 kernel of zeros and ones, scaled by the BatchNorm."""
+        return identity_map(self.channels, self.groups, dtype=dtype, device=device).then_norm(self.bn)
