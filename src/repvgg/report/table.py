@@ -1,0 +1,270 @@
+"""The runs of an experiment side by side, with the paper's numbers beside ours: pandas, terminal, Markdown, CSV.
+
+Files hold accuracies as fractions of 1; every table holds percent, and says so in the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from repvgg.report.record import RunRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+
+TABLE6 = Path(__file__).parents[3] / "experiments" / "table6.yaml"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper reports, per ablation, and under which choices of model, data and recipe it holds."""
+
+    choices: Mapping[str, str]
+    epochs: int
+    ablations: Mapping[str, Mapping[str, float]]
+
+    def number(self, ablation: str | None, name: str) -> float | None:
+        """`top1` (fraction of 1) or `images_per_s_train_form` of an ablation; None where the paper has none."""
+        return self.ablations.get(ablation or "", {}).get(name)
+
+
+def load_paper(path: str | Path = TABLE6) -> Paper:
+    """Reads the paper's side of an experiment file. ValueError if the file has none."""
+    from omegaconf import OmegaConf
+
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        paper = content["paper"]
+        choices = {group: paper[group] for group in ("model", "data", "recipe")}
+        ablations = {str(name): numbers for name, numbers in paper["ablations"].items()}
+        return Paper(choices=choices, epochs=content["cost"]["epochs"], ablations=ablations)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} lacks {error}: an experiment file holds cost.epochs and paper.{{model, data, recipe, ablations}}, "
+            "as experiments/table6.yaml does."
+        ) from error
+
+
+# --- columns: the header, and how a number is printed -------------------------------------------------------------
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}"
+
+
+RUN, STATUS, MODEL, ABLATION, SEED = "run", "status", "model", "ablation", "seed"
+PARAMS_TRAIN, PARAMS_DEPLOY = "parameters train form", "parameters deploy"
+TOP1_TRAIN, TOP1_DEPLOY, TOP1_DIFF = "top-1 train form [%]", "top-1 deploy [%]", "deploy − train form [pp]"
+LOGIT_DIFF = "logits rel. L2 difference"
+SPEED_TRAIN, SPEED_DEPLOY, SPEED_UP = "train form [images/s]", "deploy [images/s]", "speed-up [×]"
+PAPER_TOP1, PAPER_SPEED = "paper top-1 [%]", "paper train form [images/s]"
+
+NUMBERS: dict[str, Callable[[float], str]] = {
+    PARAMS_TRAIN: _count,
+    PARAMS_DEPLOY: _count,
+    TOP1_TRAIN: _percent,
+    TOP1_DEPLOY: _percent,
+    TOP1_DIFF: lambda value: f"{value:+.2f}",
+    LOGIT_DIFF: lambda value: f"{value:.1e}",
+    SPEED_TRAIN: _rate,
+    SPEED_DEPLOY: _rate,
+    SPEED_UP: lambda value: f"{value:.2f}",
+    PAPER_TOP1: _percent,
+    PAPER_SPEED: _rate,
+}
+
+
+def top1(record: RunRecord) -> tuple[float | None, float | None, str]:
+    """Top-1 of the train form and of the deploy form, fractions of 1, and whether they are of `test` or `val`.
+
+    `test` is the best checkpoint; a run without it gives its last validation. Both forms are of the same source.
+    """
+    source = "test" if {"test/top1", "test/deploy/top1"} & record.metrics.keys() else "val"
+    return record.metrics.get(f"{source}/top1"), record.metrics.get(f"{source}/deploy/top1"), source
+
+
+def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
+    """One row per run in the given order, whatever its status; what a run did not measure is missing."""
+    import pandas as pd
+
+    rows = []
+    for record in records:
+        train, deploy, _ = top1(record)
+        metrics, ablation = record.metrics, record.choice("ablation")
+        rows.append(
+            {
+                RUN: record.run_dir.name,
+                STATUS: record.status,
+                MODEL: record.choice("model"),
+                ABLATION: ablation,
+                SEED: record.config.get("seed"),
+                PARAMS_TRAIN: metrics.get("params/train_form"),
+                PARAMS_DEPLOY: metrics.get("params/deploy"),
+                TOP1_TRAIN: _times(100, train),
+                TOP1_DEPLOY: _times(100, deploy),
+                TOP1_DIFF: None if train is None or deploy is None else 100 * (deploy - train),
+                LOGIT_DIFF: metrics.get("reparam/rel_l2_diff"),
+                SPEED_TRAIN: metrics.get("bench/train_form/images_per_s"),
+                SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
+                SPEED_UP: metrics.get("bench/speedup"),
+                PAPER_TOP1: _times(100, paper.number(ablation, "top1")),
+                PAPER_SPEED: paper.number(ablation, "images_per_s_train_form"),
+            }
+        )
+    frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *NUMBERS])
+    counts = dict.fromkeys((SEED, PARAMS_TRAIN, PARAMS_DEPLOY), "Int64")
+    return frame.astype(counts | {name: "float64" for name in NUMBERS if name not in counts})
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
+    """What a reader must know to read the table right, one sentence or two each."""
+    lines = []
+    foreign = sorted(
+        {
+            f"{group} {record.choice(group) or 'unknown'}"
+            for record in records
+            for group, choice in paper.choices.items()
+            if record.choice(group) != choice
+        }
+    )
+    if foreign:
+        lines.append(
+            f"The paper's columns are B0 on ImageNet at {paper.epochs} epochs (Table 6; one run each, a 1080Ti for the "
+            f"images/s). They are not comparable with runs of {', '.join(foreign)}."
+        )
+    unfinished = [record for record in records if record.status == "finished" and top1(record)[2] == "val"]
+    if unfinished:
+        names = ", ".join(record.run_dir.name for record in unfinished)
+        lines.append(f"Top-1 of run {names}: the last validation, since it has no test of its best checkpoint.")
+    settings = {bench_settings(record) for record in records if "bench/speedup" in record.metrics}
+    if len(settings) > 1:
+        lines.append(f"The images/s were measured under different settings: {'; '.join(sorted(settings))}.")
+    elif settings != {""} and settings:
+        lines.append(f"images/s: {settings.pop()}.")
+    for record in records:
+        if record.status != "finished":
+            reason = f" ({record.error})" if record.error else ""
+            lines.append(
+                f"Run {record.run_dir.name}: {record.status}{reason}. Its numbers, if any, are the last it wrote."
+            )
+    return lines
+
+
+def bench_settings(record: RunRecord) -> str:
+    """What a throughput depends on, `bench.*` of the config: `batch 128, float32, cuda, 224 px`; empty if unknown."""
+    bench = record.config.get("bench")
+    if not isinstance(bench, Mapping):
+        return ""
+    forms = {"batch": "batch {}", "dtype": "{}", "device": "{}", "resolution": "{} px"}
+    return ", ".join(form.format(bench[name]) for name, form in forms.items() if name in bench)
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """A short and unique name per run: the choices in which they differ, else with the directory's name."""
+    fields = ("model", "ablation", "recipe", "data")
+    described = [
+        [record.choice(name) or "" for name in fields] + [f"seed {record.config.get('seed')}"] for record in records
+    ]
+    varying = [i for i, values in enumerate(zip(*described, strict=True)) if len(set(values)) > 1]
+    names = [" ".join(filter(None, (values[i] for i in varying))) for values in described]
+    if len(set(names)) == len(names) and all(names):
+        return names
+    return [f"{name} ({record.run_dir.name})".strip() for name, record in zip(names, records, strict=True)]
+
+
+# --- the three forms of output --------------------------------------------------------------------------------------
+
+
+def _cells(frame: pd.DataFrame) -> list[list[str]]:
+    """The table as text, row by row; what is missing is blank."""
+
+    def text(name: str, value: Any) -> str:
+        # a missing value is the only one that differs from itself, or is pandas' <NA>
+        if value is None or str(value) in ("nan", "<NA>"):
+            return ""
+        return NUMBERS[name](value) if name in NUMBERS else str(value)
+
+    return [[text(name, frame[name].iloc[i]) for name in frame.columns] for i in range(len(frame))]
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """All digits; blank where missing."""
+    return frame.to_csv(index=False)
+
+
+def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
+    """A GitHub table with the notes under it."""
+    align = ["--:" if name in NUMBERS else "---" for name in frame.columns]
+    body = [[cell.replace("|", "\\|") for cell in row] for row in _cells(frame)]
+    lines = [f"| {' | '.join(row)} |" for row in ([*frame.columns], align, *body)]
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
+
+
+def print_table(frame: pd.DataFrame, notes: Sequence[str], console: Console) -> None:
+    """Prints to a terminal: one run per row, or one per column where only that fits; never with digits cut off."""
+    rows, names = _cells(frame), [*frame.columns]
+    # What is the same for every run is said once, so that the numbers get the room. The status always shows.
+    same = [i for i in (names.index(MODEL), names.index(SEED)) if len({row[i] for row in rows}) == 1]
+    title = ", ".join(f"{names[i]} {rows[0][i]}" for i in same if rows and rows[0][i])
+    shown = [i for i in range(len(names)) if i not in same]
+    header = [names[i] for i in shown]
+    cells = [[row[i] for i in shown] for row in rows]
+    tables = [_rich_table(header, cells, title)]
+    if _too_wide(tables[0], console):
+        lying = [header[1:], *(row[1:] for row in cells)]
+        for size in range(len(cells), 0, -1):
+            tables = [
+                _rich_table(
+                    [header[0], *(row[0] for row in cells[i : i + size])],
+                    [list(line) for line in zip(lying[0], *lying[1 + i : 1 + i + size], strict=True)],
+                    title,
+                    lying=True,
+                )
+                for i in range(0, len(cells), size)
+            ]
+            if not any(_too_wide(t, console) for t in tables):
+                break
+    for t in tables:
+        console.print(t)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _too_wide(rich_table: Table, console: Console) -> bool:
+    # Without the wide option rich measures a table as what would be left of it after cutting it to the console.
+    return console.measure(rich_table, options=console.options.update(width=10_000)).minimum > console.width
+
+
+def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str, *, lying: bool = False) -> Table:
+    """`lying` has the names of the columns down its left side and a run per column."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"finished": "green", "failed": "bold red", "interrupted": "yellow"}
+    out = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
+    for i, name in enumerate(header):
+        # Headers may wrap between words; numbers never.
+        longest = max([len(row[i]) for row in rows] + [len(word) for word in name.split()])
+        justify: Literal["left", "right"] = "right" if i and (lying or name in NUMBERS) else "left"
+        out.add_column(Text(name), justify=justify, min_width=longest)
+    for row in rows:
+        out.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+    return out
