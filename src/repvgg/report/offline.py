@@ -168,7 +168,8 @@ def _frames(file: Path) -> Iterator[bytes]:
         if len(data) < length or kind == 0:  # torn, or space the file system had set aside
             return
         if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
-            if position // BLOCK == (len(content) - 1) // BLOCK:  # the last block: torn while it was written
+            in_last_block = position // BLOCK == (len(content) - 1) // BLOCK
+            if in_last_block or not any(content[position + CHUNK.size + length :]):  # torn while it was written
                 return
             raise ValueError(f"{file} is damaged at byte {position} of {len(content)}: the checksum does not fit.")
         position += CHUNK.size + length

@@ -103,8 +103,10 @@ def _draw_curves(axes: Any, records: Sequence[RunRecord], names: Sequence[str]) 
         try:
             history = read_history(record.run_dir)
         except (FileNotFoundError, ValueError):
-            continue  # a run that measured nothing has no curve; the row in the other panels names it
+            continue  # a run that ended before its first validation; its row in the other panels names it
         curve = history[history["metric"] == CURVE].dropna(subset="epoch")
+        if curve.empty:
+            continue
         style = (colours[key] // len(COLOURS) + repeat) % len(LINES)
         axes.plot(
             curve["epoch"] + 1,
@@ -186,7 +188,7 @@ def _draw_paper(axes: Any, records: Sequence[RunRecord], paper: Paper) -> None:
             text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 11}
             axes.annotate(f"{100 * number:.2f}", (100 * number, i), color=GREY, **text)
     axes.set_title("Paper, Table 6", color=GREY)
-    axes.set_xlabel(f"[%]\nB0, ImageNet, {paper.epochs} epochs", color=GREY)
+    axes.set_xlabel(f"[%] on ImageNet\nB0, {paper.epochs} epochs", color=GREY)
     axes.grid(color="#E3E6E9")
     _spread(axes)
     axes.set_facecolor("#F6F7F8")
@@ -198,7 +200,8 @@ def _spread(axes: Any) -> None:
 
     low, high = axes.dataLim.intervalx
     half = max(1.0, 0.72 * (high - low))
-    axes.set_xlim((low + high) / 2 - half, (low + high) / 2 + half)
+    middle = min((low + high) / 2, 100.2 - half)  # no ticks above 100 %
+    axes.set_xlim(middle - half, max(middle + half, high + 0.2))
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
 

@@ -1,0 +1,137 @@
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from repvgg.report import table
+from repvgg.report.record import RunRecord
+
+Make = Callable[..., RunRecord]
+
+
+@pytest.fixture
+def paper() -> table.Paper:
+    return table.load_paper()
+
+
+def number(cell: str) -> float | None:
+    return float(cell.replace(",", "")) if cell else None
+
+
+def from_markdown(text: str) -> list[dict[str, str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_papers_numbers_are_table_6(paper: table.Paper) -> None:
+    assert {name: row["top1"] for name, row in paper.ablations.items()} == {
+        "plain": 0.7239, "id": 0.7479, "1x1": 0.7315, "full": 0.7514,
+    }  # fmt: skip
+    assert {name: row["images_per_s_train_form"] for name, row in paper.ablations.items()} == {
+        "plain": 1810, "id": 1569, "1x1": 1230, "full": 1061,
+    }  # fmt: skip
+    assert (paper.choices, paper.epochs) == ({"model": "repvgg_b0", "data": "imagenet", "recipe": "paper_120"}, 120)
+    assert paper.number("acb", "top1") is None
+    assert paper.number(None, "top1") is None
+
+
+def test_an_experiment_file_without_the_papers_side_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("what: nothing\n")
+    with pytest.raises(ValueError, match=r"x\.yaml lacks 'paper': an experiment file holds"):
+        table.load_paper(tmp_path / "x.yaml")
+
+
+def test_values_and_units(make_run: Make, paper: table.Paper) -> None:
+    frame = table.table([make_run(0, "1x1", seed=3)], paper)
+    row = frame.iloc[0]
+    assert [*frame.columns] == [
+        "run", "status", "model", "ablation", "seed", "parameters train form", "parameters deploy",
+        "top-1 train form [%]", "top-1 deploy [%]", "deploy − train form [pp]", "logits rel. L2 difference",
+        "train form [images/s]", "deploy [images/s]", "speed-up [×]", "paper top-1 [%]", "paper train form [images/s]",
+    ]  # fmt: skip
+    assert [*row[:7]] == ["0", "finished", "repvgg_b0", "1x1", 3, 15817960, 14339048]
+    assert [*row[7:]] == pytest.approx([95.25, 95.5, 0.25, 3.25e-6, 300, 630, 2.1, 73.15, 1230])
+
+
+def test_without_a_test_both_forms_are_the_last_validation_and_the_table_says_so(
+    make_run: Make, paper: table.Paper
+) -> None:
+    record = make_run(0, metrics={"val/top1": 0.5, "val/deploy/top1": 0.25})
+    row = table.table([record], paper).iloc[0]
+    assert (row[table.TOP1_TRAIN], row[table.TOP1_DEPLOY], row[table.TOP1_DIFF]) == (50, 25, -25)
+    assert any("run 0: the last validation" in note for note in table.notes([record], paper))
+    # one form of the test beside the other form of the validation would be a difference of nothing
+    half = make_run(1, metrics={"val/top1": 0.5, "val/deploy/top1": 0.5, "test/top1": 0.75})
+    assert table.top1(half) == (0.75, None, "test")
+
+
+def test_a_failed_run_is_a_row_and_says_why(make_run: Make, paper: table.Paper) -> None:
+    records = [
+        make_run(0, "plain"),
+        make_run(1, "custom", status="failed", metrics={}, error="RuntimeError: no | good"),
+    ]
+    frame, notes = table.table(records, paper), table.notes(records, paper)
+    assert frame["status"].tolist() == ["finished", "failed"]
+    assert frame[table.TOP1_DEPLOY].isna().tolist() == [False, True]
+    rows = from_markdown(table.to_markdown(frame, notes))
+    assert rows[1]["status"] == "failed"
+    assert (rows[1]["ablation"], rows[1][table.PAPER_TOP1], rows[1][table.PARAMS_DEPLOY]) == ("custom", "", "")
+    assert "Run 1: failed (RuntimeError: no | good)." in table.to_markdown(frame, notes)
+
+
+def test_markdown_and_csv_parse_back_to_the_numbers(make_run: Make, paper: table.Paper) -> None:
+    records = [make_run(i, name) for i, name in enumerate(("plain", "id", "1x1", "full"))]
+    frame = table.table(records, paper)
+    from_csv = list(csv.DictReader(io.StringIO(table.to_csv(frame))))
+    for i, (md, exact) in enumerate(zip(from_markdown(table.to_markdown(frame)), from_csv, strict=True)):
+        assert (md["run"], md["ablation"]) == (str(i), ("plain", "id", "1x1", "full")[i])
+        for name in table.NUMBERS:
+            value = float(frame[name].iloc[i])
+            assert float(exact[name]) == value
+            assert number(md[name]) == pytest.approx(value, rel=0.02, abs=0.005)
+        assert number(md[table.PARAMS_TRAIN]) == 15817960
+
+
+def test_the_note_on_comparability_appears_for_what_is_not_the_papers_set_up(
+    make_run: Make, paper: table.Paper
+) -> None:
+    same = make_run(0, data="imagenet", recipe="paper_120")
+    assert not any("comparable" in note for note in table.notes([same], paper))
+    other = make_run(1, model="repvgg_a0")
+    (note,) = [note for note in table.notes([same, other], paper) if "comparable" in note]
+    assert "B0 on ImageNet at 120 epochs" in note
+    assert note.endswith("not comparable with runs of data digits, model repvgg_a0, recipe quick.")
+
+
+def test_throughputs_under_different_settings_are_pointed_out(make_run: Make, paper: table.Paper) -> None:
+    a, b = make_run(0), make_run(1)
+    assert "images/s: batch 64, float32, cpu, 32 px." in table.notes([a, b], paper)
+    b.config["bench"]["batch"] = 128
+    assert any("under different settings: batch 128, float32" in note for note in table.notes([a, b], paper))
+
+
+def test_labels_say_what_differs_and_are_unique(make_run: Make) -> None:
+    a, b = make_run(0, "plain"), make_run(1, "id")
+    assert table.labels([a, b]) == ["plain", "id"]
+    c = make_run(2, "id", seed=1)
+    assert table.labels([a, b, c]) == ["plain seed 0", "id seed 0", "id seed 1"]
+    assert table.labels([a]) == ["(0)"]
+    assert table.labels([a, b, make_run(3, "id")]) == ["plain (0)", "id (1)", "id (3)"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 220])
+def test_the_terminal_table_shows_every_digit_at_any_width(make_run: Make, paper: table.Paper, width: int) -> None:
+    records = [make_run(i, name) for i, name in enumerate(("plain", "id", "1x1", "full"))]
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    table.print_table(table.table(records, paper), table.notes(records, paper), console)
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for value, count in {"15,817,960": 4, "14,339,048": 4, "95.50": 4, "3.2e-06": 4, "72.39": 1, "1,061": 1}.items():
+        assert text.count(value) == count, (value, text)
+    assert "[images/s]" in text, "rich would take it for markup"
+    assert "…" not in text
