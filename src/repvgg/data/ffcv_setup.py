@@ -1,0 +1,92 @@
+"""Import FFCV without its side effects. Every module of this room that needs FFCV imports this one first.
+
+`import ffcv` sets torch's thread count to 1, and each loader and each loader thread set it again.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Restore torch's process-wide thread count on leaving."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+with torch_threads_kept(), warnings.catch_warnings():
+    # FFCV imports distutils, which Python 3.11 announces as going away; setuptools provides it.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    from ffcv import libffcv
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import (
+        CenterCropRGBImageDecoder,
+        RandomResizedCropRGBImageDecoder,
+        SimpleRGBImageDecoder,
+    )
+    from ffcv.loader import Loader
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import TransformNode
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.state import State
+    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, Squeeze, ToDevice, ToTensor, ToTorchImage
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+    from ffcv.writer import DatasetWriter
+
+
+def _keep_precompiled() -> None:
+    """Teach FFCV's compiler to leave alone functions that carry `precompiled = True`.
+
+    FFCV compiles every operation anew in every process, seconds each, because its functions are closures that
+    numba cannot cache. Ours call a cached numba function, so there is nothing left to compile. The stage function
+    around them is plain Python in FFCV 1.0.2 and can call either kind.
+    """
+    original = Compiler.compile
+
+    def compile_unless_done(code: Callable[..., Any], signature: Any = None) -> Callable[..., Any]:
+        return code if getattr(code, "precompiled", False) else original(code, signature)
+
+    Compiler.compile = staticmethod(compile_unless_done)
+
+
+_keep_precompiled()
+
+__all__ = [
+    "ALLOC_TABLE_TYPE",
+    "CURRENT_VERSION",
+    "AllocationQuery",
+    "CenterCropRGBImageDecoder",
+    "Compiler",
+    "DatasetWriter",
+    "EpochIterator",
+    "FieldDescType",
+    "HeaderType",
+    "IntDecoder",
+    "IntField",
+    "Loader",
+    "Operation",
+    "RGBImageField",
+    "RandomHorizontalFlip",
+    "RandomResizedCropRGBImageDecoder",
+    "RandomTranslate",
+    "SimpleRGBImageDecoder",
+    "Squeeze",
+    "State",
+    "ToDevice",
+    "ToTensor",
+    "ToTorchImage",
+    "TransformNode",
+    "get_metadata_type",
+    "libffcv",
+    "torch_threads_kept",
+]

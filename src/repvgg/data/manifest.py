@@ -1,0 +1,80 @@
+"""What a .beton file holds, in a JSON file beside it.
+
+Standard library only: the training script looks for its data files before it imports anything heavy.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+class DatasetMissingError(ValueError):
+    """A data file is not where the configuration says."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sidecar of one .beton file.
+
+    `content_sha256` covers labels and encoded images in record order, not the file: two writers lay the same
+    records out differently (pages are handed out as they fill up).
+    """
+
+    samples: int
+    classes: list[str]
+    samples_per_class: list[int]
+    options: dict[str, Any]
+    content_sha256: str
+    versions: dict[str, str]
+    source: str
+
+    def write(self, path: Path) -> None:
+        """Write atomically: the file under `path` is either the old one or complete."""
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def manifest_path(beton: str | Path) -> Path:
+    """`train.beton` -> `train.beton.json`."""
+    beton = Path(beton)
+    return beton.with_name(beton.name + ".json")
+
+
+def read_manifest(beton: str | Path) -> Manifest:
+    """Raise DatasetMissingError when there is no sidecar, ValueError when it cannot be understood."""
+    path = manifest_path(beton)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetMissingError(
+            f"{path} does not exist, so {beton} was not written by this repository or not to its end. "
+            "Write it again: python src/write_dataset.py data=…"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Write the data again.") from None
+    expected = {field.name for field in fields(Manifest)}
+    if not isinstance(content, dict) or set(content) != expected:
+        raise ValueError(f"{path} must hold exactly the keys {sorted(expected)}. Write the data again.")
+    return Manifest(**content)
+
+
+def require_files(paths: Mapping[str, str | Path], write_command: str) -> None:
+    """Raise DatasetMissingError unless every file exists.
+
+    `paths` maps what a file is for ("train_file") to where it should be.
+    """
+    missing = {what: Path(path).absolute() for what, path in paths.items() if not Path(path).is_file()}
+    if missing:
+        looked_at = "\n".join(f"  {what}: {path}" for what, path in missing.items())
+        raise DatasetMissingError(
+            f"The data files are not there. Looked for\n{looked_at}\n"
+            f"Write them with\n  {write_command}\n"
+            "or try without a data set of your own: data=digits"
+        )
