@@ -1,0 +1,129 @@
+"""From `.beton` files to normalised batches on the device, for every rank its share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from repvgg.data.loader import SafeLoader, make_loader
+from repvgg.data.manifest import read_manifest
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Training and validation loaders over two `.beton` files.
+
+    Args:
+        train_file, val_file: written by ``src/write_dataset.py`` or by ``prepare``.
+        num_classes: must be the number in the files' manifests.
+        train_transform, val_transform: crops of :mod:`repvgg.data.transforms`.
+        mean, std: per channel, in units of the uint8 image (0 to 255).
+        batch_size: images per batch of one device.
+        seed: of order, crops and flips.
+        channels_last: memory format of the batches.
+        prepare: writes the files where they are made at run time; called once per machine.
+        ops: "fused", or "stock" for FFCV's own operations.
+        num_threads: of the loader, per rank; None shares the allowed cores among the ranks of a machine.
+        batches_ahead: batches decoded in advance.
+        os_cache: keep the file in the page cache (more than the file's size of memory), or read it as it goes.
+
+    Batches:
+        images N × 3 × H × W float32, normalised; labels N, int64.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_file: str,
+        val_file: str,
+        num_classes: int,
+        train_transform: Any,
+        val_transform: Any,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        seed: int,
+        channels_last: bool = True,
+        prepare: Callable[[], object] | None = None,
+        ops: str = "fused",
+        num_threads: int | None = None,
+        batches_ahead: int = 3,
+        os_cache: bool = True,
+    ) -> None:
+        super().__init__()
+        self.files = {"train": Path(train_file), "val": Path(val_file)}
+        self.transforms = {"train": train_transform, "val": val_transform}
+        self.num_classes = num_classes
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+        self.batch_size, self.seed, self.channels_last, self.prepare = batch_size, seed, channels_last, prepare
+        self.loader_options: dict[str, Any] = {"ops": ops, "batches_ahead": batches_ahead, "os_cache": os_cache}
+        self.num_threads = num_threads
+        self._loaders: dict[str, SafeLoader] = {}
+
+    def prepare_data(self) -> None:
+        """Write what is made at run time; Lightning calls this on one rank per machine and lets the others wait."""
+        if self.prepare is not None:
+            self.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Compare the files' classes with the network's before anything is trained."""
+        for split, file in self.files.items():
+            classes = len(read_manifest(file).classes)
+            if classes != self.num_classes:
+                raise ValueError(
+                    f"{file} ({split}) has {classes} classes, data.num_classes={self.num_classes}: "
+                    f"set data.num_classes={classes}"
+                )
+
+    def train_dataloader(self) -> SafeLoader:
+        """This rank's share, in an order and with crops that seed and epoch fix."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> SafeLoader:
+        """Every image exactly once over all ranks."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> SafeLoader:
+        """The validation images: ImageNet's labelled test set is its validation set."""
+        return self._loader("val")
+
+    def _loader(self, split: str) -> SafeLoader:
+        if split not in self._loaders:  # one loader per run: each new one leaves some memory behind
+            trainer = self.trainer
+            assert trainer is not None
+            ranks = trainer.num_devices
+            threads = self.num_threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+            loader = make_loader(
+                self.files[split],
+                transform=self.transforms[split],
+                batch_size=self.batch_size,
+                train=split == "train",
+                seed=self.seed,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                num_threads=threads,
+                device=trainer.strategy.root_device,
+                **self.loader_options,
+            )
+            if split == "train":  # Lightning tells a training loader's sampler which epoch comes next
+                loader.sampler = loader
+            self._loaders[split] = loader
+        return self._loaders[split]
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """uint8 to normalised float32, on the device: a quarter of float's bytes go there."""
+        images, labels = batch
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        # A copy, too: the loader's tensor is a ring buffer's slot that the next batch may overwrite.
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        floats = images.to(torch.float32, memory_format=memory_format, copy=True)
+        return floats.sub_(self.mean).div_(self.std), labels.clone()

@@ -1,0 +1,53 @@
+"""Whether this machine has what a run asks for, said before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+HALF_ON_GPU_ONLY = ("16-mixed", "16-true", "16")
+
+
+def require_devices(accelerator: str, devices: int | str | Sequence[int], precision: str | int) -> None:
+    """Refuse what would otherwise fail late or run as something else.
+
+    Raises:
+        ValueError: more GPUs than there are, or float16 on a CPU, where Lightning would quietly take bfloat16.
+    """
+    if accelerator == "cpu":
+        if str(precision) in HALF_ON_GPU_ONLY:
+            raise ValueError(
+                f"trainer.precision={precision} needs a GPU; on a CPU choose 32-true (the paper's) or bf16-mixed"
+            )
+        return
+    if accelerator not in ("gpu", "cuda"):
+        return
+    available = torch.cuda.device_count()
+    if isinstance(devices, int) and devices >= 0:
+        wanted = devices
+    elif isinstance(devices, str | int):  # -1, "auto"
+        wanted = 1
+    else:
+        wanted = max(devices, default=-1) + 1
+    if wanted > available:
+        raise ValueError(
+            f"trainer.devices={devices} asks for {wanted} GPU{'s' if wanted > 1 else ''}, this machine has "
+            f"{available}: lower trainer.devices, or train on the processor with trainer=cpu "
+            "(trainer.accelerator=cpu trainer.devices=2 for two processes)"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), device.type)
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            return file.readlines()
+    except FileNotFoundError:  # not Linux
+        return []

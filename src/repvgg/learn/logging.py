@@ -1,0 +1,57 @@
+"""Where numbers go: W&B, and always a CSV file beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+
+def metrics_csv(directory: str) -> CSVLogger:
+    """``directory/metrics.csv``: the record that survives whatever happens to W&B."""
+    path = Path(directory)
+    return CSVLogger(save_dir=path.parent, name=path.name, version="", flush_logs_every_n_steps=20)
+
+
+class RunLogger(WandbLogger):
+    """One W&B run for one job.
+
+    Lightning makes it on rank 0 only. The mode is set for this run alone: ``offline=True`` would change the
+    environment of everything that follows in the process.
+
+    Args:
+        mode: online needs ``wandb login`` once; offline writes files that ``wandb sync`` uploads.
+        project, name, group, tags, job_type, save_dir: as in ``wandb.init``.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Literal["online", "offline"],
+        project: str,
+        save_dir: str,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        job_type: str = "train",
+    ) -> None:
+        if mode not in ("online", "offline"):
+            raise ValueError(f"logger.wandb.mode={mode}: choose online or offline")
+        if mode == "offline":  # not even a name look-up for crash reports
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        super().__init__(
+            name=name, save_dir=save_dir, project=project, mode=mode, group=group, tags=tags, job_type=job_type
+        )
+        # Lightning still passes it, wandb warns about it and will remove it.
+        self._wandb_init.pop("anonymous", None)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        """Write ``summary`` and close the run, so that the next job of the process gets a run of its own."""
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.summary.update(dict(summary))
+            wandb.finish(exit_code=exit_code)

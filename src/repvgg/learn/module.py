@@ -1,0 +1,149 @@
+"""The LightningModule: loss, metrics, optimiser. It trains any classifier and knows nothing of deploy forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from repvgg.learn.optim import parameter_groups, scaled_lr, warmup_then_cosine
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Scores(nn.Module):
+    """Loss, top-1 and top-5 of one form over one data set, exact over ranks and uneven batches.
+
+    torchmetrics sums counts over the ranks; Lightning's own averaging of logged values is wrong when the ranks have
+    different numbers of images.
+
+    Args:
+        num_classes: top-5 is top-k with fewer than 5 classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.loss = MeanMetric()
+        self.accuracy = MetricCollection(
+            {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)},
+            compute_groups=False,
+        )
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Logits N × classes, labels N."""
+        self.loss.update(F.cross_entropy(logits.float(), labels), len(labels))
+        self.accuracy.update(logits, labels)
+
+    def compute(self, prefix: str) -> dict[str, Tensor]:
+        """``prefix/loss``, ``prefix/top1``, ``prefix/top5`` over all ranks, then start afresh."""
+        values = {"loss": self.loss.compute(), **self.accuracy.compute()}
+        self.loss.reset()
+        self.accuracy.reset()
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy training of an image classifier.
+
+    Args:
+        net: N × C × H × W to logits N × num_classes.
+        num_classes: of the data.
+        optimizer: makes the optimiser from parameter groups and ``lr``.
+        lr: for ``lr_batch`` images per step.
+        lr_batch: see :func:`repvgg.learn.optim.scaled_lr`.
+        batch_size: images per step, over all devices and accumulated batches.
+        warmup_epochs: of the schedule; may be a fraction.
+        weight_decay: of kernels.
+        label_smoothing: of the training loss only.
+        channels_last: memory format of the network.
+        compile: torch.compile ``net`` in place, which keeps the names of its parameters.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        lr_batch: int,
+        batch_size: int,
+        warmup_epochs: float = 0,
+        weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"lr": lr, "lr_batch": lr_batch, "batch_size": batch_size}.items():
+            if not value > 0:
+                raise ValueError(f"recipe.{name}={value} must be positive")
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net: nn.Module = net.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if compile:
+            self.net.compile()
+        self.num_classes = num_classes
+        self.make_optimizer = optimizer
+        self.lr = scaled_lr(lr, lr_batch, batch_size)
+        self.warmup_epochs, self.weight_decay, self.label_smoothing = warmup_epochs, weight_decay, label_smoothing
+        self.train_scores = MetricCollection(
+            {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}, compute_groups=False
+        )
+        self.scores = Scores(num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, N × num_classes."""
+        return self.net(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.train_scores["loss"].update(loss.detach(), len(labels))
+        self.train_scores["top1"].update(logits.detach(), labels)
+        self.log("train/loss_step", loss.detach(), prog_bar=True)
+        # Not LearningRateMonitor: it makes a key for each parameter group, and they share one schedule.
+        self.log("optim/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss and top-1, over all ranks."""
+        self.log_dict({f"train/{name}": value for name, value in self.train_scores.compute().items()})
+        self.train_scores.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The logits, N × num_classes, which the callbacks compare with the deploy form's."""
+        images, labels = batch
+        logits = self.net(images)
+        self.scores.update(logits, labels)
+        return logits
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the train form's scores."""
+        self.log_dict(self.scores.compute("val"), prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the train form's scores."""
+        self.log_dict(self.scores.compute("test"))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD or what the recipe says, with the learning rate of every iteration."""
+        optimizer = self.make_optimizer(parameter_groups(self.net, self.weight_decay), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs or 1
+        warmup = round(self.warmup_epochs * steps / epochs)
+        schedule = warmup_then_cosine(optimizer, steps, warmup)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "optim/lr"},
+        }

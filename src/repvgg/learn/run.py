@@ -1,0 +1,82 @@
+"""One run from first step to the test of its best checkpoint, and what is left of it on disk."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from repvgg.learn.devices import device_name
+from repvgg.learn.logging import RunLogger
+from repvgg.learn.module import Classifier
+from repvgg.model import count_macs, count_parameters, to_deploy
+
+#: What a sweep maximises: the best checkpoint's.
+OBJECTIVE = "test/deploy/top1"
+
+
+def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
+    """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``)."""
+    deploy = to_deploy(net)
+    return {
+        "params/train_form": count_parameters(net),
+        "params/deploy": count_parameters(deploy),
+        "macs/train_form": count_macs(net, input_size),
+        "macs/deploy": count_macs(deploy, input_size),
+    }
+
+
+def environment(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a result depends on beside its config: code, versions, hardware."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "git": {"sha": git.stdout.strip() or "unknown"},
+        "versions": {"torch": torch.__version__, "lightning": pl.__version__},
+        "device": device_name(trainer.strategy.root_device),
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.world_size,
+    }
+
+
+def train_and_test(
+    trainer: pl.Trainer, module: Classifier, datamodule: pl.LightningDataModule, ckpt_path: str | None = None
+) -> dict[str, float]:
+    """Fit, then evaluate both forms of the best checkpoint on the validation images.
+
+    Args:
+        ckpt_path: a checkpoint to continue from, or "last" of this output directory.
+
+    Returns:
+        the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; Lightning has shut down by then.
+    """
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        metrics["test/best_epoch"] = torch.load(best, weights_only=True, map_location="cpu", mmap=True)["epoch"]
+        # Only the test's own metrics: the names of the last epoch stay the last epoch's.
+        tested = trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        metrics |= {name: float(value) for result in tested for name, value in result.items()}
+    return metrics
+
+
+def close_loggers(trainer: pl.Trainer, summary: Mapping[str, float], exit_code: int) -> None:
+    """Give every W&B run its summary and end it; other loggers need nothing."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunLogger) and trainer.is_global_zero:
+            logger.finish(summary, exit_code)

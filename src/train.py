@@ -1,0 +1,75 @@
+"""Train one RepVGG: `python src/train.py --help` has examples; `-m` and commas train several, one after another."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from repvgg.cli import clear_errors, key_suggestions, logged_config, multirun_name, prepare_environment, run_name
+from repvgg.data.manifest import require_files
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
+    with clear_errors():
+        if cfg.data.prepare is None:
+            require_files({"train": cfg.data.train_file, "val": cfg.data.val_file}, cfg.data.write_command)
+
+        # Heavy imports from here on: a wrong command has been answered by now.
+        import pytorch_lightning as pl
+        from hydra.utils import instantiate
+
+        from repvgg.learn.checkpoint import AtomicCheckpointIO
+        from repvgg.learn.devices import require_devices
+        from repvgg.learn.optim import batch_per_device
+        from repvgg.learn.run import OBJECTIVE, close_loggers, describe, environment, train_and_test
+        from repvgg.report.record import Status, write_record
+
+        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
+        cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
+        cfg.run.group = cfg.run.group or multirun_name()
+
+        module = instantiate(cfg.module)
+        trainer: pl.Trainer = instantiate(
+            cfg.trainer,
+            logger=list(instantiate(cfg.logger).values()),
+            callbacks=list(instantiate(cfg.callbacks).values()),
+            plugins=[AtomicCheckpointIO()],
+        )
+        share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
+        datamodule = instantiate(cfg.datamodule, batch_size=share)
+
+    size = cfg.data.resolution
+    metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
+    config = {**logged_config(cfg, choices), **environment(trainer)}
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    status: Status = "failed"
+    error: str | None = None
+    try:
+        metrics |= train_and_test(trainer, module, datamodule, cfg.ckpt_path)
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        sys.exit(130)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
+        objective = metrics.get(OBJECTIVE)
+        if trainer.is_global_zero:
+            write_record(
+                cfg.output_dir, status=status, config=config, metrics=metrics, objective=objective, error=error
+            )
+    return objective
+
+
+if __name__ == "__main__":
+    prepare_environment()
+    with key_suggestions("train", sys.argv[1:]):
+        main()
