@@ -224,7 +224,7 @@ def test_a_signal_stops_the_sweep_and_leaves_nothing_running(app: Path, signum: 
     assert not alive(seen(app, 0)["pid"])
     assert not alive(int(worker.read_text()))
     assert not (app / "sweep/1").exists()
-    assert "1 jobs not started" in output
+    assert "1 of 2 jobs not started" in output
     assert (app / "sweep/ends.txt").exists()
 
 

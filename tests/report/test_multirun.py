@@ -59,6 +59,12 @@ def test_named_directories_are_ordered_by_the_number_hydra_gave_the_job(make_run
     ]
 
 
+def test_a_job_whose_directory_is_deeper_is_found(make_run: Make, tmp_path: Path) -> None:
+    begin(make_run("0_dir=/a/b,x=1").run_dir, 0)
+    begin(make_run("1_dir=c,x=1").run_dir, 1)
+    assert [r.run_dir.name for r in multirun.collect(tmp_path)] == ["b,x=1", "1_dir=c,x=1"]
+
+
 def test_a_picture_that_fails_costs_only_the_picture(
     make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
 ) -> None:

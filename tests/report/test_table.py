@@ -125,7 +125,7 @@ def test_labels_say_what_differs_and_are_unique(make_run: Make) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120, 220])
 def test_the_terminal_table_shows_every_digit_at_any_width(make_run: Make, paper: table.Paper, width: int) -> None:
-    records = [make_run(i, name) for i, name in enumerate(("plain", "id", "1x1", "full"))]
+    records = [make_run(f"{i}_ablation={name}", name) for i, name in enumerate(("plain", "id", "1x1", "full"))]
     out = io.StringIO()
     console = Console(file=out, width=width)
     table.print_table(table.table(records, paper), table.notes(records, paper), console)

@@ -110,15 +110,19 @@ class ProcessLauncher(Launcher):
         log.info(f"{len(jobs)} jobs, one process each, in {sweep_dir}")
         returns: list[JobReturn] = []
         failures: list[str] = []
+        started = 0
         with _StoppableProcess(self.grace_s) as process:
             for job in jobs:
+                if process.stop_requested():
+                    break
+                started += 1
                 log.info(str(job))
                 before = _stamp(job.record)
                 exit_code = process.run([*_command(), *job.overrides, *self._hydra_overrides(job)], environment)
                 if exit_code != 0 and before is not None and _stamp(job.record) == before:
                     # An earlier run into this directory left its record; this one died without writing its own.
                     job.record.replace(job.record.with_name("result.stale.json"))
-                if process.stopped_by is not None:
+                if process.stop_requested():
                     break
                 value, failure = _outcome(job, exit_code)
                 returns.append(_job_return(job, value))
@@ -134,7 +138,7 @@ class ProcessLauncher(Launcher):
             )
         if process.stopped_by is not None:
             name = signal.Signals(process.stopped_by).name
-            log.error(f"{name}: stopped {job}; {len(jobs) - len(returns) - 1} jobs not started")
+            log.error(f"{name}: the sweep ends here; {len(jobs) - started} of {len(jobs)} jobs not started")
             raise SystemExit(128 + process.stopped_by)
         if failures:
             # Sweepers read the values in order and stop at the first failed one: it has to speak for all.
@@ -232,6 +236,9 @@ class _StoppableProcess:
             timer.cancel()
         _end_group(child.pid)
         return exit_code
+
+    def stop_requested(self) -> bool:
+        return self.stopped_by is not None
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         again = self.stopped_by is not None

@@ -65,9 +65,8 @@ def summarize(sweep_dir: Path) -> None:
 
 def collect(sweep_dir: Path) -> list[RunRecord]:
     """The records of all jobs of a sweep in job order; a job without a readable one is there and says so."""
-    jobs = {path.parent for path in sweep_dir.glob(f"*/{RECORD}")} | {
-        path.parent for path in sweep_dir.glob("*/.hydra")
-    }
+    # rglob: an override with a slash in its value makes a directory more, where the name of a job holds overrides
+    jobs = {path.parent for name in (RECORD, ".hydra") for path in sweep_dir.rglob(name)}
     hydra = {job: _hydra_record(job) for job in jobs}
 
     def order(job: Path) -> tuple[float, str]:

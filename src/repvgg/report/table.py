@@ -220,6 +220,10 @@ def to_markdown(frame: pd.DataFrame, notes: Sequence[str] = ()) -> str:
 def print_table(frame: pd.DataFrame, notes: Sequence[str], console: Console) -> None:
     """Prints to a terminal: one run per row, or one per column where only that fits; never with digits cut off."""
     rows, names = _cells(frame), [*frame.columns]
+    # A job's directory is often its number and then its overrides, which the columns say: the number will do here.
+    numbers = [row[0].partition("_")[0] for row in rows]
+    if all(number.isdecimal() for number in numbers) and len(set(numbers)) == len(numbers):
+        rows = [[number, *row[1:]] for number, row in zip(numbers, rows, strict=True)]
     # What is the same for every run is said once, so that the numbers get the room. The status always shows.
     same = [i for i in (names.index(MODEL), names.index(SEED)) if len({row[i] for row in rows}) == 1]
     title = ", ".join(f"{names[i]} {rows[0][i]}" for i in same if rows and rows[0][i])
