@@ -109,9 +109,14 @@ def test_the_note_on_comparability_appears_for_what_is_not_the_papers_set_up(
 
 def test_throughputs_under_different_settings_are_pointed_out(make_run: Make, paper: table.Paper) -> None:
     a, b = make_run(0), make_run(1)
-    assert "images/s: batch 64, float32, cpu, 32 px." in table.notes([a, b], paper)
+    assert "images/s: batch 64, float32, 32 px, cpu." in table.notes([a, b], paper)
     b.config["bench"]["batch"] = 128
-    assert any("under different settings: batch 128, float32" in note for note in table.notes([a, b], paper))
+    del b.config["bench"]["device"]
+    b.config["device"] = "some GPU"
+    assert any(
+        "under different settings: batch 128, float32, 32 px, some GPU; batch 64" in note
+        for note in table.notes([a, b], paper)
+    )
 
 
 def test_labels_say_what_differs_and_are_unique(make_run: Make) -> None:

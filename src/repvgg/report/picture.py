@@ -122,7 +122,7 @@ def _draw_curves(axes: Any, records: Sequence[RunRecord], names: Sequence[str]) 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#E3E6E9")
     if axes.lines:
-        axes.legend(frameon=False, loc="lower right", ncols=1 if len(records) <= 6 else 2, fontsize=11)
+        axes.legend(frameon=False, loc="best", ncols=1 if len(records) <= 6 else 2, fontsize=11)
     else:
         _say(axes, f"no run logged {CURVE}")
 

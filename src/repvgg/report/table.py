@@ -168,12 +168,16 @@ def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
 
 
 def bench_settings(record: RunRecord) -> str:
-    """What a throughput depends on, `bench.*` of the config: `batch 128, float32, cuda, 224 px`; empty if unknown."""
+    """What a throughput depends on: `batch 128, float32, 224 px, <device>`; empty if the config does not say.
+
+    From `bench.batch`, `bench.dtype`, `bench.resolution` and `bench.device`, or `device` if the run notes it there.
+    """
     bench = record.config.get("bench")
     if not isinstance(bench, Mapping):
         return ""
-    forms = {"batch": "batch {}", "dtype": "{}", "device": "{}", "resolution": "{} px"}
-    return ", ".join(form.format(bench[name]) for name, form in forms.items() if name in bench)
+    known = {"device": record.config.get("device")} | dict(bench)
+    forms = {"batch": "batch {}", "dtype": "{}", "resolution": "{} px", "device": "{}"}
+    return ", ".join(form.format(known[name]) for name, form in forms.items() if known.get(name) is not None)
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
