@@ -21,7 +21,7 @@ from typing import Any
 
 import llvmlite.binding
 import numpy as np
-from numba import njit, types
+from numba import from_dtype, njit, types
 from numpy.typing import NDArray
 
 from repvgg.data.draws import Draws
@@ -60,7 +60,8 @@ JOB = np.dtype(
         ("box_height", np.int64),
         ("box_width", np.int64),
         ("mirrored", np.bool_),
-    ]
+    ],
+    align=True,
 )
 """All the compiled code needs to know about one image of a batch."""
 
@@ -88,7 +89,18 @@ def _mirror(image):  # type: ignore[no-untyped-def]
                 image[row, width - 1 - col, channel] = left
 
 
-@njit(nogil=True, cache=True)
+# One signature for strided and contiguous arrays alike, compiled (or read from the cache) at import: left to itself,
+# numba would compile again in the middle of an epoch, for a last batch of one image.
+@njit(
+    types.void(
+        types.Array(from_dtype(JOB), 1, "A"),
+        types.Array(types.uint8, 4, "A"),
+        types.Array(types.uint8, 1, "C"),
+        types.Array(types.int32, 1, "A"),
+    ),
+    nogil=True,
+    cache=True,
+)
 def _run_jobs(jobs, out, scratch, status):  # type: ignore[no-untyped-def]
     """Fill out (N×size×size×3, uint8) and status (N, 0 = decoded); scratch holds one full-size image."""
     size = out.shape[1]

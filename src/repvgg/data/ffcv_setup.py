@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,7 +22,9 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with torch_threads_kept(), warnings.catch_warnings():
+# FFCV keeps a table of two names in a numba dictionary, whose compilation takes seconds in every process. It is only
+# read by Python code, so a plain dictionary will do.
+with torch_threads_kept(), warnings.catch_warnings(), patch("numba.typed.Dict", dict):
     # FFCV imports distutils, which Python 3.11 announces as going away; setuptools provides it.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     from ffcv import libffcv

@@ -231,7 +231,16 @@ class SafeLoader(Loader):
 
     def generate_code(self) -> None:
         """FFCV's, with a look at the order of operations first: with a wrong one it loops for ever."""
-        _, code = self.graph.collect_requirements()
+        try:
+            _, code = self.graph.collect_requirements()
+        except AssertionError:  # FFCV notices some wrong orders, but names nothing
+            self._check_order()
+            raise
+        self._check_order()
+        self._parallel = any(getattr(f, "is_parallel", False) for f in code["operation"].values())
+        self.code = self.graph.codegen_all(code)
+
+    def _check_order(self) -> None:
         for node in self.graph.nodes:
             if isinstance(node, TransformNode) and node.is_jitted and not node.parent.is_jitted:
                 after, before = _operation_name(node), _operation_name(node.parent)
@@ -239,8 +248,6 @@ class SafeLoader(Loader):
                     f"{after} works on arrays and cannot follow {before}, which yields tensors: put {after} before "
                     "ToTensor"
                 )
-        self._parallel = any(getattr(f, "is_parallel", False) for f in code["operation"].values())
-        self.code = self.graph.codegen_all(code)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._live is not None:

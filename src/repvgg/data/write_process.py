@@ -14,9 +14,9 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -101,16 +101,25 @@ class Writer(DatasetWriter):
         self.metadata_sm.unlink = lambda: None
 
 
+class Worker(multiprocessing.Process):
+    """FFCV's worker process, remembered: multiprocessing itself forgets children that have died."""
+
+    started: ClassVar[list["Worker"]] = []
+
+    def start(self) -> None:
+        """Start and remember."""
+        super().start()
+        self.started.append(self)
+
+
 def watch(request: Request, done: Any, parent: int) -> None:
     """End everything on trouble. Runs in a thread until the process ends."""
-    seen: set[BaseProcess] = set()
     last_count, last_move = -1, time.monotonic()
     while True:
         time.sleep(POLL_S)
         if os.getppid() != parent:
             fail(request.error_file, "the process that asked for the file is gone")
-        seen.update(multiprocessing.active_children())
-        for worker in seen:
+        for worker in tuple(Worker.started):
             if worker.exitcode not in (None, 0):
                 fail(
                     request.error_file,
@@ -137,17 +146,18 @@ def main(request_file: str) -> None:
         jpeg_quality=options.jpeg_quality,
         compress_probability=options.compress_probability,
     )
+    writer = Writer(
+        str(request.target),
+        {"image": image, "label": IntField()},
+        page_size=PAGE_BYTES,
+        num_workers=request.num_workers,
+    )
     try:
-        writer = Writer(
-            str(request.target),
-            {"image": image, "label": IntField()},
-            page_size=PAGE_BYTES,
-            num_workers=request.num_workers,
-        )
-        writer.from_indexed_dataset(
-            CheckedSource(request.source, options, request.seed, request.error_file, done),
-            indices=np.random.default_rng(request.seed).permutation(len(request.source)).tolist(),
-        )
+        with patch("ffcv.writer.Process", Worker):
+            writer.from_indexed_dataset(
+                CheckedSource(request.source, options, request.seed, request.error_file, done),
+                indices=np.random.default_rng(request.seed).permutation(len(request.source)).tolist(),
+            )
     except Exception as error:
         fail(request.error_file, f"{request.target}: {type(error).__name__}: {error}")
 
