@@ -20,14 +20,17 @@ def main(cfg: DictConfig) -> float | None:
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
         from hydra.utils import instantiate
+        from pytorch_lightning.utilities.exceptions import SIGTERMException
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO
         from repvgg.learn.devices import require_devices
+        from repvgg.learn.logging import hide_known_warnings
         from repvgg.learn.optim import batch_per_device
         from repvgg.learn.run import OBJECTIVE, close_loggers, describe, environment, train_and_test
         from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        hide_known_warnings()
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
@@ -53,9 +56,9 @@ def main(cfg: DictConfig) -> float | None:
     try:
         metrics |= train_and_test(trainer, module, datamodule, cfg.ckpt_path)
         status = "finished"
-    except KeyboardInterrupt:
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM, once it has shut down
         status = "interrupted"
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+
+def hide_known_warnings() -> None:
+    """Silence what Lightning 2.6 says of itself and nobody can act on."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # The output directory holds Hydra's files by then; metrics_csv keeps an older file of numbers.
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
 
 
 def metrics_csv(directory: str) -> CSVLogger:
-    """``directory/metrics.csv``: the record that survives whatever happens to W&B."""
+    """``directory/metrics.csv``: the record that survives whatever happens to W&B.
+
+    An older file of the same directory becomes ``metrics.N.csv``; Lightning would delete it.
+    """
     path = Path(directory)
+    old = path / "metrics.csv"
+    if old.exists() and rank_zero_only.rank == 0:
+        old.rename(path / f"metrics.{len(list(path.glob('metrics.*.csv'))) + 1}.csv")
     return CSVLogger(save_dir=path.parent, name=path.name, version="", flush_logs_every_n_steps=20)
 
 

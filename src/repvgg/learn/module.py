@@ -49,6 +49,12 @@ class Scores(nn.Module):
         return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
+def log_scores(module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
+    """Log all, and show only the validation's top-1 on the progress bar."""
+    for name, value in scores.items():
+        module.log(name, value, prog_bar=name.startswith("val/") and name.endswith("top1"))
+
+
 class Classifier(pl.LightningModule):
     """Cross-entropy training of an image classifier.
 
@@ -130,11 +136,11 @@ class Classifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the train form's scores."""
-        self.log_dict(self.scores.compute("val"), prog_bar=True)
+        log_scores(self, self.scores.compute("val"))
 
     def on_test_epoch_end(self) -> None:
         """Log the train form's scores."""
-        self.log_dict(self.scores.compute("test"))
+        log_scores(self, self.scores.compute("test"))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD or what the recipe says, with the learning rate of every iteration."""

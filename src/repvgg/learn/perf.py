@@ -56,5 +56,7 @@ class PerfMonitor(pl.Callback):
                 "perf/images_per_s": self.images * trainer.world_size / elapsed,
                 "perf/data_wait_share": self.waited / elapsed,
                 "perf/gpu_mem_peak_gib": peak / 2**30,
-            }
+            },
+            on_step=False,
+            on_epoch=True,
         )

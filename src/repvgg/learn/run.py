@@ -60,11 +60,9 @@ def train_and_test(
         the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C; Lightning has shut down by then.
+        SystemExit: after Ctrl-C or SIGTERM; Lightning has shut down by then.
     """
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, SumMetric
 
-from repvgg.learn.module import Batch, Classifier, Scores
+from repvgg.learn.module import Batch, Classifier, Scores, log_scores
 from repvgg.learn.throughput import Throughput
 from repvgg.model import equivalence, to_deploy
 
@@ -101,7 +101,7 @@ class TwoFormValidation(pl.Callback):
     def _finish(self, trainer: pl.Trainer, module: Classifier, prefix: str) -> None:
         assert self.deploy is not None
         assert self.scores is not None
-        module.log_dict(self.scores.compute(f"{prefix}/deploy"), prog_bar=prefix == "val")
+        log_scores(module, self.scores.compute(f"{prefix}/deploy"))
         values = {**self.disagreement.compute(), "reparam/convert_s": torch.tensor(self.convert_seconds)}
         if prefix == "val":
             module.log_dict(values)

@@ -1,0 +1,25 @@
+"""Real data, written once per session: digits as FFCV files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Real processes started by tests find the package and the tests' own helpers.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the embedded data set's train.beton and val.beton."""
+    import subprocess
+
+    directory = tmp_path_factory.mktemp("digits")
+    code = f"from repvgg.data.write import ensure_digits; ensure_digits({str(directory)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    return directory

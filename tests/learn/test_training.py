@@ -1,0 +1,104 @@
+"""Training itself: loss falls, seeds fix everything, resuming equals never having stopped."""
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from repvgg.learn.checkpoint import AtomicCheckpointIO
+from repvgg.learn.devices import require_devices
+from repvgg.learn.perf import PerfMonitor
+from support.training import classifier, datamodule, trainer, two_forms
+
+
+def fit(directory: Path, digits: Path, *, seed: int = 0, ckpt: str | None = None, **options) -> pl.Trainer:
+    module = classifier(seed=seed)
+    options = {"max_epochs": 2, "limit_train_batches": None, **options}
+    run = trainer(directory, [PerfMonitor(), *options.pop("callbacks", [])], **options)
+    run.fit(module, datamodule=datamodule(digits, seed=seed), ckpt_path=ckpt, weights_only=True)
+    return run
+
+
+def state(run: pl.Trainer) -> dict[str, torch.Tensor]:
+    return dict(run.lightning_module.state_dict())
+
+
+def test_learns_and_reports_its_speed(digits: Path, tmp_path: Path) -> None:
+    run = fit(tmp_path, digits, max_epochs=6)
+    assert run.callback_metrics["train/top1"] > 0.5
+    assert run.callback_metrics["val/top1"] > 0.5
+    assert run.callback_metrics["perf/images_per_s"] > 0
+    assert 0 <= run.callback_metrics["perf/data_wait_share"] < 1
+    assert run.callback_metrics["perf/gpu_mem_peak_gib"] == 0
+    assert run.callback_metrics["optim/lr"] < 0.01  # of the last step: the cosine has come down
+
+
+def test_a_seed_fixes_everything(digits: Path, tmp_path: Path) -> None:
+    first, second, other = (fit(tmp_path, digits, seed=seed) for seed in (3, 3, 4))
+    assert all(torch.equal(v, state(second)[k]) for k, v in state(first).items())
+    assert first.callback_metrics["train/loss"] == second.callback_metrics["train/loss"]
+    assert any(not torch.equal(v, state(other)[k]) for k, v in state(first).items())
+
+
+def test_resuming_at_an_epoch_equals_never_having_stopped(digits: Path, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", digits, max_epochs=3)
+
+    class Stop(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    # The schedule must know the full length, so the first part is stopped rather than planned shorter.
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "part", digits, max_epochs=3, callbacks=[keep, Stop()], enable_checkpointing=True)
+    resumed = fit(tmp_path / "rest", digits, max_epochs=3, ckpt=str(tmp_path / "last.ckpt"))
+    assert resumed.global_step == whole.global_step
+    assert all(torch.equal(v, state(resumed)[k]) for k, v in state(whole).items())
+    for a, b in zip(whole.optimizers[0].state.values(), resumed.optimizers[0].state.values(), strict=True):
+        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+    assert whole.callback_metrics["train/loss"] == resumed.callback_metrics["train/loss"]
+
+
+def test_accumulated_batches_make_fewer_steps(digits: Path, tmp_path: Path) -> None:
+    run = fit(tmp_path, digits, max_epochs=1, accumulate_grad_batches=2)
+    assert run.global_step == 11  # 1437 // 64 = 22 batches
+
+
+def test_wrong_number_of_classes_is_found_before_training(digits: Path, tmp_path: Path) -> None:
+    data = datamodule(digits)
+    data.num_classes = 11
+    with pytest.raises(ValueError, match=r"10 classes, data\.num_classes=11: set data\.num_classes=10"):
+        trainer(tmp_path, [two_forms()]).fit(classifier(), datamodule=data)
+
+
+def test_recipe_values_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"recipe\.lr=-1 must be positive"):
+        classifier(lr=-1)
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, target)
+
+    def torn(content: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(OSError, match="No space"):
+        AtomicCheckpointIO().save_checkpoint({"epoch": 2}, target)
+    assert torch.load(target, weights_only=True) == {"epoch": 1}
+    assert [f.name for f in target.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_missing_gpus_and_silent_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"asks for 64 GPUs, this machine has \d+.*trainer=cpu"):
+        require_devices("gpu", 64, "32-true")
+    with pytest.raises(ValueError, match="asks for 100 GPUs"):
+        require_devices("gpu", [0, 99], "32-true")
+    with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed needs a GPU"):
+        require_devices("cpu", 1, "16-mixed")
+    require_devices("cpu", 2, "bf16-mixed")

@@ -1,0 +1,129 @@
+"""Every config composes, and every choice instantiates."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from repvgg.cli import ROOT, logged_config, prepare_environment, run_name
+from repvgg.model import Block, count_parameters, to_deploy
+from support.paper import ABLATION_TRAIN_PARAMS, VARIANTS
+
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(f.stem for f in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROJECT_ROOT", "unset")
+    monkeypatch.delenv("PROJECT_ROOT")
+    prepare_environment()
+
+
+def config(*overrides: str, root: str = "train") -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(root, [f"{k}" for k in overrides] + ([] if root != "train" else ["output_dir=/nowhere"]))
+
+
+def test_the_promised_choices_are_there() -> None:
+    assert set(options("model")) == {f"repvgg_{name}" for name in VARIANTS}
+    assert set(options("ablation")) >= set(ABLATION_TRAIN_PARAMS)
+    assert {"imagenet", "digits", "folder"} <= set(options("data"))
+    assert {"paper_120", "quick"} <= set(options("recipe"))
+    assert {"default", "cpu", "ddp"} <= set(options("trainer"))
+    assert {"wandb", "wandb_offline", "csv"} <= set(options("logger"))
+
+
+def test_defaults_are_table_6() -> None:
+    cfg = config()
+    assert (cfg.net.depths, cfg.net.width_a, cfg.net.width_b) == ([4, 6, 16, 1], 1, 2.5)
+    assert (cfg.recipe.epochs, cfg.recipe.batch_size, cfg.recipe.lr) == (120, 256, 0.1)
+    assert cfg.recipe.optimizer.momentum == 0.9
+    assert not cfg.recipe.optimizer.nesterov
+    assert (cfg.recipe.weight_decay, cfg.recipe.label_smoothing, cfg.recipe.warmup_epochs) == (1e-4, 0, 0)
+    assert (cfg.data.name, cfg.data.num_classes, cfg.data.resolution) == ("imagenet", 1000, 224)
+    assert cfg.trainer.precision == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("model", "ablation"),
+    [*itertools.product(["repvgg_b0"], options("ablation")), *itertools.product(options("model"), ["full"])],
+)
+def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -> None:
+    cfg = config(f"model={model}", f"ablation={ablation}")
+    with torch.device("meta"):
+        module = instantiate(cfg.module)
+    assert isinstance(module, pl.LightningModule)
+    expected = VARIANTS[model.removeprefix("repvgg_")]
+    if ablation == "full":
+        assert count_parameters(module.net) == expected.train_params
+    else:
+        assert count_parameters(module.net) == ABLATION_TRAIN_PARAMS[ablation]
+    assert count_parameters(to_deploy(module.net)) == expected.deploy_params
+
+
+def test_the_data_says_classes_and_stem() -> None:
+    with torch.device("meta"):
+        net = instantiate(config("data=digits", "model=repvgg_a0", "data.stem_stride=1").net)
+    stem = net.stem
+    assert isinstance(stem, Block)
+    assert stem.shape.stride == 1
+    assert net.head.out_features == 10
+
+
+@pytest.mark.parametrize("data", options("data"))
+def test_every_data_config_builds_its_module(data: str) -> None:
+    cfg = config(f"data={data}", *(["data.num_classes=3"] if data == "folder" else []))
+    datamodule = instantiate(cfg.datamodule, batch_size=8)
+    assert isinstance(datamodule, pl.LightningDataModule)
+    assert Path(cfg.data.train_file).is_absolute()
+
+
+@pytest.mark.parametrize("trainer", options("trainer"))
+def test_every_trainer_builds(trainer: str) -> None:
+    cfg = config(f"trainer={trainer}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.benchmark=null")
+    made = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)
+    assert made.world_size == 2
+    assert made.max_epochs == 120
+
+
+@pytest.mark.parametrize("logger", options("logger"))
+def test_every_logger_builds(logger: str, tmp_path: Path) -> None:
+    made = instantiate(config(f"logger={logger}", f"output_dir={tmp_path}").logger)
+    assert len(made) == (1 if logger == "csv" else 2)
+
+
+@pytest.mark.parametrize("recipe", options("recipe"))
+def test_every_recipe_makes_its_optimiser(recipe: str) -> None:
+    make = instantiate(config(f"recipe={recipe}").recipe.optimizer)
+    assert isinstance(make([torch.nn.Parameter(torch.zeros(1))], lr=0.1), torch.optim.Optimizer)
+
+
+def test_callbacks_build() -> None:
+    made = instantiate(config().callbacks)
+    assert made.two_forms.throughput.batch == 128
+    assert made.two_forms.throughput.resolution == 224
+
+
+def test_logged_config_is_plain_nested_and_without_repetition() -> None:
+    choices = {"model": "repvgg_b0", "ablation": "id", "data": "imagenet", "recipe": "paper_120"}
+    logged = logged_config(config("ablation=id"), choices)
+    assert logged["choices"] == choices
+    assert logged["net"]["depths"] == [4, 6, 16, 1]
+    assert logged["recipe"]["optimizer"]["momentum"] == 0.9
+    assert logged["bench"]["batch"] == 128
+    assert not {"module", "datamodule", "callbacks", "logger"} & logged.keys()
+    assert OmegaConf.create(logged) is not None  # plain types only
+
+
+def test_run_names_are_short_and_tell_apart() -> None:
+    assert run_name({"model": "repvgg_b0", "ablation": "id", "data": "imagenet"}, 1) == "B0-id-s1"
+    assert run_name({"model": "repvgg_b1g4", "ablation": "1x1", "data": "digits"}, 0) == "B1g4-1x1-digits-s0"
