@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 
@@ -37,6 +38,7 @@ with torch_threads_kept(), warnings.catch_warnings(), patch("numba.typed.Dict", 
     )
     from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_managers import OSCacheManager
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.graph import TransformNode
@@ -62,7 +64,24 @@ def _keep_precompiled() -> None:
     Compiler.compile = staticmethod(compile_unless_done)
 
 
+def _read_record(address: Any, state: Any) -> Any:
+    """Stored bytes of the record at `address`; state is (mapped file, sorted addresses, their sizes)."""
+    contents, addresses, sizes = state
+    return contents[address : address + sizes[np.searchsorted(addresses, address)]]
+
+
+def _compile_readers_on_demand() -> None:
+    """Compile the function that reads a record when it is called first, which our own decoder never does.
+
+    FFCV compiles it at once, and spoils numba on the way: it takes the type "contiguous bytes" and marks it read-only.
+    numba keeps one object per type, so from then on every compiled function with such an argument cannot find itself
+    (KeyError in lookups and in clean-ups).
+    """
+    OSCacheManager.compile_reader = lambda self: Compiler.compile(_read_record)
+
+
 _keep_precompiled()
+_compile_readers_on_demand()
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

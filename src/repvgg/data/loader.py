@@ -11,6 +11,7 @@ you keep. Pixels are 0 … 255: normalise on the device, where a byte per value 
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace as replaced
@@ -148,7 +149,8 @@ class _Iteration(EpochIterator):
         self.close()
         while not self.output_queue.empty():
             self.output_queue.get_nowait()
-        self.join(timeout=BATCH_TIMEOUT_S)
+        if threading.current_thread() is not self:  # it may be this thread that collects a forgotten generator
+            self.join(timeout=BATCH_TIMEOUT_S)
         self.memory_allocations = None
         executor = getattr(self.memory_context, "executor", None)  # of the process cache: os_cache=False
         for reader in getattr(executor, "threads", []):
