@@ -49,6 +49,7 @@ def main(cfg: DictConfig) -> float | None:
     size = cfg.data.resolution
     metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
     config = {**logged_config(cfg, choices), **environment(trainer)}
+    config["bench"]["device"] = config["device"]
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     status: Status = "failed"

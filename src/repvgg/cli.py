@@ -17,8 +17,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+#: Groups whose values do not stand under their own name, so that a W&B sweep over them keeps the config whole.
+NODE_OF_GROUP = {"model": "net", "ablation": "block"}
 ROOT = Path(__file__).resolve().parents[2]
 #: Exit code of a command that was not started, because its input is wrong.
 WRONG_INPUT = 2
@@ -75,7 +77,7 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
         try:
             compose(config_name, overrides=overrides, return_hydra_config=True)
         except ConfigCompositionException as error:
-            if not isinstance(error.__cause__, ConfigKeyError):
+            if not isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
                 return None
             key = str(error.__cause__.full_key)
         else:
@@ -89,6 +91,8 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
     known = list(OmegaConf.select(node, parent) if parent else node)
     close = difflib.get_close_matches(leaf, known, n=1)
     meant = f"Did you mean {'.'.join(filter(None, [parent, close[0]]))}? " if close else ""
+    if key in NODE_OF_GROUP:
+        meant = f"{key} is chosen with {key}=…, its values are set with {NODE_OF_GROUP[key]}.…=…. "
     return f"error: there is no {key}. {meant}Keys of {parent or 'the config'}: {', '.join(map(str, known))}"
 
 

@@ -42,6 +42,7 @@ def test_a_seed_fixes_everything(digits: Path, tmp_path: Path) -> None:
     assert any(not torch.equal(v, state(other)[k]) for k, v in state(first).items())
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_resuming_at_an_epoch_equals_never_having_stopped(digits: Path, tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole", digits, max_epochs=3)
 
@@ -51,10 +52,13 @@ def test_resuming_at_an_epoch_equals_never_having_stopped(digits: Path, tmp_path
                 raise KeyboardInterrupt
 
     # The schedule must know the full length, so the first part is stopped rather than planned shorter.
-    keep = ModelCheckpoint(dirpath=tmp_path, filename="last", save_on_train_epoch_end=True)
+    def keep() -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
+
+    options = {"max_epochs": 3, "enable_checkpointing": True}
     with pytest.raises(SystemExit):
-        fit(tmp_path / "part", digits, max_epochs=3, callbacks=[keep, Stop()], enable_checkpointing=True)
-    resumed = fit(tmp_path / "rest", digits, max_epochs=3, ckpt=str(tmp_path / "last.ckpt"))
+        fit(tmp_path, digits, callbacks=[keep(), Stop()], **options)
+    resumed = fit(tmp_path, digits, callbacks=[keep()], ckpt=str(tmp_path / "last.ckpt"), **options)
     assert resumed.global_step == whole.global_step
     assert all(torch.equal(v, state(resumed)[k]) for k, v in state(whole).items())
     for a, b in zip(whole.optimizers[0].state.values(), resumed.optimizers[0].state.values(), strict=True):
