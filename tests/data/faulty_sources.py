@@ -23,7 +23,7 @@ class Faulty:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image = Image.fromarray(np.full((16, 16, 3), index, dtype=np.uint8))
         if self.kind == "slow":
-            time.sleep(0.5)
+            time.sleep(5)
         if index != 23:
             return image, index % 2
         match self.kind:
