@@ -16,6 +16,7 @@ from support.networks import randomize, tiny
 from support.training import classifier, datamodule, trainer, two_forms
 
 devices, batch, files, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+torch.manual_seed(0)
 module = classifier(randomize(tiny(num_classes=10)))
 run = trainer(out.parent, [two_forms()], devices=devices)
 scores = run.validate(module, datamodule=datamodule(files, batch_size=batch), verbose=False)[0]
@@ -41,19 +42,11 @@ SUBSET = """
 import sys
 from repvgg.data.sources import digits
 from repvgg.data.write import WriteOptions, write_beton
+from support.images import First
 
-class First:
-    def __init__(self, source, count):
-        self.source, self.count, self.classes = source, count, source.classes
-    def __len__(self):
-        return self.count
-    def __getitem__(self, i):
-        return self.source[i]
-
-if __name__ == "__main__":
-    options = WriteOptions(write_mode="jpg", jpeg_quality=95)
-    for split, count in (("train", 120), ("val", 101)):
-        write_beton(First(digits(split), count), f"{sys.argv[1]}/{split}.beton", options=options, progress=False)
+options = WriteOptions(write_mode="jpg", jpeg_quality=95)
+for split, count in (("train", 120), ("val", 101)):
+    write_beton(First(digits(split), count), f"{sys.argv[1]}/{split}.beton", options=options, progress=False)
 """
 
 
