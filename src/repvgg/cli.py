@@ -114,7 +114,9 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
 
     Nodes that only repeat others as interpolations are left out.
     """
-    config = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in REPEATING]), resolve=True)
+    config = OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in REPEATING]), resolve=True
+    )
     assert isinstance(config, dict)
     return {**{str(k): v for k, v in config.items()}, "choices": dict(choices)}
 

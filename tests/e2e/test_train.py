@@ -42,7 +42,13 @@ def command(*arguments: str) -> list[str]:
 
 def train(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False, timeout=250, stdin=subprocess.DEVNULL
+        command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+        stdin=subprocess.DEVNULL,
     )
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done

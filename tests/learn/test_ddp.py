@@ -35,7 +35,8 @@ files, out = Path(sys.argv[1]), Path(sys.argv[2])
 module = classifier()
 run = trainer(out, [two_forms()], devices=2, limit_train_batches=None)
 run.fit(module, datamodule=datamodule(files, batch_size=32))
-torch.save({"weights": module.net.state_dict(), "logged": dict(run.callback_metrics)}, out / f"rank{run.global_rank}.pt")
+result = {"weights": module.net.state_dict(), "logged": dict(run.callback_metrics)}
+torch.save(result, out / f"rank{run.global_rank}.pt")
 """
 
 SUBSET = """
@@ -68,9 +69,7 @@ def images_101(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(3, 33), (2, 10)])
-def test_every_image_counts_once_whatever_the_ranks(
-    devices: int, batch: int, images_101: Path, tmp_path: Path
-) -> None:
+def test_every_image_counts_once_whatever_the_ranks(devices: int, batch: int, images_101: Path, tmp_path: Path) -> None:
     """101 images: ranks with different numbers of batches, and last batches of any size."""
     scores = []
     for ranks in (1, devices):

@@ -14,7 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repvgg.model import Block, Branch, ConvShape, FusedBlock, Identity, RepVGG, equivalence, to_deploy
+from repvgg.model import (
+    Block,
+    Branch,
+    ConvShape,
+    FusedBlock,
+    Identity,
+    RepVGG,
+    equivalence,
+    memory_format_of,
+    to_deploy,
+)
 from support.networks import ABLATIONS, ID, K1, K3, randomize, tiny
 
 
@@ -155,6 +165,13 @@ def test_weights_of_the_wrong_form_are_refused_even_when_not_strict(strict: bool
     twin = tiny()
     twin.load_state_dict(model.state_dict())
     assert equivalence(model, twin, torch.randn(2, 3, 32, 32)).max_abs == 0
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_deploy_form_keeps_the_memory_format(layout: torch.memory_format) -> None:
+    deployed = to_deploy(tiny().to(memory_format=layout))
+    assert memory_format_of(deployed) is layout
+    assert all(m.weight.is_contiguous(memory_format=layout) for m in deployed.modules() if isinstance(m, nn.Conv2d))
 
 
 def test_identity_without_norm_is_exact() -> None:

@@ -25,10 +25,15 @@ def metrics_csv(directory: str) -> CSVLogger:
     An older file of the same directory becomes ``metrics.N.csv``; Lightning would delete it.
     """
     path = Path(directory)
-    old = path / "metrics.csv"
-    if old.exists() and rank_zero_only.rank == 0:
-        old.rename(path / f"metrics.{len(list(path.glob('metrics.*.csv'))) + 1}.csv")
+    _set_aside(path / "metrics.csv")
     return CSVLogger(save_dir=path.parent, name=path.name, version="", flush_logs_every_n_steps=20)
+
+
+@rank_zero_only
+def _set_aside(file: Path) -> None:
+    if file.exists():
+        older = len(list(file.parent.glob(f"{file.stem}.*{file.suffix}")))
+        file.rename(file.with_suffix(f".{older + 1}{file.suffix}"))
 
 
 class RunLogger(WandbLogger):

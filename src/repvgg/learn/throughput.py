@@ -10,6 +10,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from repvgg.model import memory_format_of
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -81,12 +83,3 @@ def _timed(model: nn.Module, images: Tensor) -> float:
     model(images)
     synchronize()
     return time.perf_counter() - start
-
-
-def memory_format_of(model: nn.Module) -> torch.memory_format:
-    """The layout of the model's convolutions, and so of the images it wants."""
-    for module in model.modules():
-        # A 1×1 kernel lies in both layouts at once and says nothing.
-        if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format

@@ -1,7 +1,7 @@
 """Torch only: affine algebra, branches, block, network, conversion."""
 
 from repvgg.model.affine import Affine, identity_map, norm_as_affine
-from repvgg.model.block import Block, FusedBlock, SqueezeExcite
+from repvgg.model.block import Block, FusedBlock, SqueezeExcite, memory_format_of
 from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, NotAffineError
 from repvgg.model.convert import Equivalence, equivalence, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
@@ -25,6 +25,7 @@ __all__ = [
     "count_winograd_muls",
     "equivalence",
     "identity_map",
+    "memory_format_of",
     "norm_as_affine",
     "to_deploy",
 ]

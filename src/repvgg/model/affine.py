@@ -66,10 +66,6 @@ class Affine:
         """This map followed by ``norm`` as it is in eval mode (equation 3); ``nn.Identity`` changes nothing."""
         return self if isinstance(norm, nn.Identity) else self.scaled(*norm_as_affine(norm, self.kernel))
 
-    def to(self, dtype: torch.dtype) -> Affine:
-        """The same map in another precision."""
-        return Affine(self.kernel.to(dtype), self.bias.to(dtype))
-
 
 def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale ``γ / sqrt(σ² + ε)`` and shift ``β − μ γ / sqrt(σ² + ε)`` of an eval-mode BatchNorm (equation 2).

@@ -97,11 +97,20 @@ class Block(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def memory_format_of(module: nn.Module) -> torch.memory_format:
+    """The layout of a module's convolutions, and so of the images it wants."""
+    for child in module.modules():
+        # A 1×1 kernel lies in both layouts at once and says nothing.
+        if isinstance(child, nn.Conv2d) and not child.weight.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
 class FusedBlock(nn.Module):
     """One layer as it is deployed: a convolution with bias, SE where the block had one, activation (Figure 2 C).
 
     Args:
-        affine: the fused map; its dtype and device are the layer's.
+        affine: the fused map; its dtype, device and memory format are the layer's.
         shape: of the block it comes from.
         se: an SE module or ``nn.Identity``.
         activation: the block's.
@@ -120,12 +129,10 @@ class FusedBlock(nn.Module):
             padding=(shape.dilation * (height // 2), shape.dilation * (width // 2)),
             dilation=shape.dilation,
             groups=shape.groups,
-            device=affine.kernel.device,
-            dtype=affine.kernel.dtype,
+            device="meta",
         )
-        with torch.no_grad():
-            self.conv.weight.copy_(affine.kernel)
-            self.conv.bias.copy_(affine.bias)
+        self.conv.weight = nn.Parameter(affine.kernel.detach())
+        self.conv.bias = nn.Parameter(affine.bias.detach())
         self.se = se
         self.activation = activation
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repvgg.model.block import Block, FusedBlock
+from repvgg.model.affine import Affine
+from repvgg.model.block import Block, FusedBlock, memory_format_of
 from repvgg.model.branches import NotAffineError
 
 
@@ -64,7 +65,9 @@ def _fused(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock:
         raise ValueError(f"{where} cannot be fused: {error}") from error
     parameter = next(block.parameters(), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
-    return FusedBlock(affine.to(dtype), block.shape, copy.deepcopy(block.se), copy.deepcopy(block.activation))
+    kernel = affine.kernel.to(dtype, memory_format=memory_format_of(block), copy=True)
+    fused = Affine(kernel, affine.bias.to(dtype, copy=True))
+    return FusedBlock(fused, block.shape, copy.deepcopy(block.se), copy.deepcopy(block.activation))
 
 
 @dataclass(frozen=True)
