@@ -1,5 +1,6 @@
 """Train one RepVGG: `python src/train.py --help` has examples; `-m` and commas train several, one after another."""
 
+import logging
 import sys
 
 import hydra
@@ -8,6 +9,8 @@ from omegaconf import DictConfig
 
 from repvgg.cli import clear_errors, key_suggestions, logged_config, multirun_name, prepare_environment, run_name
 from repvgg.data.manifest import require_files
+
+log = logging.getLogger("train")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
@@ -24,19 +27,30 @@ def main(cfg: DictConfig) -> float | None:
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO
         from repvgg.learn.devices import require_devices
-        from repvgg.learn.logging import hide_known_warnings
+        from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
-        from repvgg.learn.run import OBJECTIVE, close_loggers, describe, environment, train_and_test
+        from repvgg.learn.run import (
+            OBJECTIVE,
+            close_loggers,
+            conclusion,
+            describe,
+            environment,
+            introduction,
+            last_metrics,
+            train_and_test,
+        )
         from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
-        hide_known_warnings()
+        quiet_lightning()
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
         cfg.run.group = cfg.run.group or multirun_name()
 
         module = instantiate(cfg.module)
+        size = cfg.data.resolution
+        metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=list(instantiate(cfg.logger).values()),
@@ -46,12 +60,12 @@ def main(cfg: DictConfig) -> float | None:
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
         datamodule = instantiate(cfg.datamodule, batch_size=share)
 
-    size = cfg.data.resolution
-    metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
     config = {**logged_config(cfg, choices), **environment(trainer)}
     config["bench"]["device"] = config["device"]
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
+    if trainer.is_global_zero:
+        log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
     status: Status = "failed"
     error: str | None = None
     try:
@@ -64,12 +78,15 @@ def main(cfg: DictConfig) -> float | None:
         error = f"{type(failure).__name__}: {failure}"
         raise
     finally:
+        if status != "finished":
+            metrics |= last_metrics(trainer)
         close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
         objective = metrics.get(OBJECTIVE)
         if trainer.is_global_zero:
             write_record(
                 cfg.output_dir, status=status, config=config, metrics=metrics, objective=objective, error=error
             )
+            log.info(conclusion(cfg.run.name, status, metrics, cfg.output_dir))
     return objective
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import wandb
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 
-def hide_known_warnings() -> None:
-    """Silence what Lightning 2.6 says of itself and nobody can act on."""
+def quiet_lightning() -> None:
+    """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # The output directory holds Hydra's files by then; metrics_csv keeps an older file of numbers.
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    # The output directory holds Hydra's files by then, and after a resume older numbers (kept by metrics_csv) and
+    # checkpoints (replaced atomically).
+    warnings.filterwarnings("ignore", message="(Experiment logs|Checkpoint) directory .* exists and is not empty")
 
 
 def metrics_csv(directory: str) -> CSVLogger:
@@ -63,15 +67,20 @@ class RunLogger(WandbLogger):
         if mode == "offline":  # not even a name look-up for crash reports
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         super().__init__(
-            name=name, save_dir=save_dir, project=project, mode=mode, group=group, tags=tags, job_type=job_type
+            name=name,
+            save_dir=save_dir,
+            project=project,
+            mode=mode,
+            group=group,
+            tags=tags,
+            job_type=job_type,
+            settings=wandb.Settings(quiet=True),  # where the run is, not a second copy of its numbers
         )
         # Lightning still passes it, wandb warns about it and will remove it.
         self._wandb_init.pop("anonymous", None)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Write ``summary`` and close the run, so that the next job of the process gets a run of its own."""
-        import wandb
-
         if wandb.run is not None:
             wandb.run.summary.update(dict(summary))
             wandb.finish(exit_code=exit_code)

@@ -63,7 +63,7 @@ def train_and_test(
         SystemExit: after Ctrl-C or SIGTERM; Lightning has shut down by then.
     """
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = last_metrics(trainer)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
         metrics["test/best_epoch"] = torch.load(best, weights_only=True, map_location="cpu", mmap=True)["epoch"]
@@ -71,6 +71,34 @@ def train_and_test(
         tested = trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
         metrics |= {name: float(value) for result in tested for name, value in result.items()}
     return metrics
+
+
+def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """What the last validation and training epoch logged."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def introduction(name: str, metrics: Mapping[str, float], module: Classifier, batch: int, world_size: int) -> str:
+    """One line on what is about to be trained."""
+    trained, deployed = (metrics[f"params/{form}"] / 1e6 for form in ("train_form", "deploy"))
+    return (
+        f"{name}: {trained:.2f} M parameters, {deployed:.2f} M deployed ({metrics['macs/deploy'] / 1e9:.3g} GMACs); "
+        f"{world_size} × {batch} images per batch, lr {module.lr:g}"
+    )
+
+
+def conclusion(name: str, status: str, metrics: Mapping[str, float], directory: str) -> str:
+    """One line on what came of it, and where it is."""
+    parts = [status]
+    if "test/top1" in metrics:
+        parts.append(
+            f"epoch {metrics['test/best_epoch']:.0f} was best: top-1 {metrics['test/top1']:.2%} as trained, "
+            f"{metrics['test/deploy/top1']:.2%} deployed"
+        )
+    if "bench/speedup" in metrics:
+        train_form, deploy = (metrics[f"bench/{form}/images_per_s"] for form in ("train_form", "deploy"))
+        parts.append(f"{train_form:,.0f} → {deploy:,.0f} images/s (×{metrics['bench/speedup']:.2f})")
+    return f"{name} {', '.join(parts)}. Everything is in {directory}"
 
 
 def close_loggers(trainer: pl.Trainer, summary: Mapping[str, float], exit_code: int) -> None:
