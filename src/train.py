@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from repvgg.cli import clear_errors, key_suggestions, logged_config, multirun_name, prepare_environment, run_name
-from repvgg.data.manifest import require_files
+from repvgg.data.manifest import number_of_classes, require_files
 
 log = logging.getLogger("train")
 
@@ -18,7 +18,9 @@ def main(cfg: DictConfig) -> float | None:
     """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
     with clear_errors():
         if cfg.data.prepare is None:
-            require_files({"train": cfg.data.train_file, "val": cfg.data.val_file}, cfg.data.write_command)
+            files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
+            require_files(files, cfg.data.write_command)
+            cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
 
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
@@ -59,11 +61,11 @@ def main(cfg: DictConfig) -> float | None:
         )
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
         datamodule = instantiate(cfg.datamodule, batch_size=share)
+        config = {**logged_config(cfg, choices), **environment(trainer)}
+        config["bench"]["device"] = config["device"]
+        for logger in trainer.loggers:  # where a W&B run begins
+            logger.log_hyperparams(config)
 
-    config = {**logged_config(cfg, choices), **environment(trainer)}
-    config["bench"]["device"] = config["device"]
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config)
     if trainer.is_global_zero:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
     status: Status = "failed"

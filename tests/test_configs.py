@@ -124,6 +124,19 @@ def test_logged_config_is_plain_nested_and_without_repetition() -> None:
     assert OmegaConf.create(logged) is not None  # plain types only
 
 
+def test_the_files_say_how_many_classes_there_are(tmp_path: Path) -> None:
+    from repvgg.data.manifest import Manifest, manifest_path, number_of_classes
+
+    files = {"train": tmp_path / "train.beton", "val": tmp_path / "val.beton"}
+    for file, classes in zip(files.values(), (["a", "b"], ["a", "b", "c"]), strict=True):
+        Manifest(1, classes, [1], {}, "", {}, "").write(manifest_path(file))
+    with pytest.raises(ValueError, match="different numbers of classes"):
+        number_of_classes(files, None)
+    with pytest.raises(ValueError, match=r"val\.beton has 3 classes, data\.num_classes=2"):
+        number_of_classes(files, 2)
+    assert number_of_classes({"val": files["val"]}, None) == 3
+
+
 def test_run_names_are_short_and_tell_apart() -> None:
     assert run_name({"model": "repvgg_b0", "ablation": "id", "data": "imagenet"}, 1) == "B0-id-s1"
     assert run_name({"model": "repvgg_b1g4", "ablation": "1x1", "data": "digits"}, 0) == "B1g4-1x1-digits-s0"

@@ -177,9 +177,31 @@ def test_a_wrong_input_gets_one_clear_error(arguments: list[str], says: list[str
     assert not list(tmp_path.rglob("*.wandb"))
 
 
-def test_ctrl_c_leaves_a_record_and_no_process(data: list[str], tmp_path: Path) -> None:
+def test_a_folder_of_files_says_its_number_of_classes(digits: Path, tmp_path: Path) -> None:
+    folder = ["data=folder", f"data.dir={digits}", "data.resolution=32", "trainer=cpu", "logger=csv", *SMALL]
+    wrong = train(*folder, "data.num_classes=12", f"hydra.run.dir={tmp_path / 'wrong'}", check=False)
+    assert wrong.returncode == 2
+    assert "10 classes, data.num_classes=12: set data.num_classes=10" in wrong.stderr
+    few = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    train(*folder, *few, f"hydra.run.dir={tmp_path / 'right'}")
+    assert record(tmp_path / "right")["config"]["data"]["num_classes"] == 10
+
+
+def test_sigterm_is_an_interruption(data: list[str], tmp_path: Path) -> None:
+    assert stopped_by(signal.SIGTERM, data, tmp_path) == 143
+
+
+def test_ctrl_c_leaves_a_record_and_no_half_written_file(data: list[str], tmp_path: Path) -> None:
+    assert stopped_by(signal.SIGINT, data, tmp_path) == 130
+    (path,) = find_offline_runs(tmp_path)
+    assert read_offline_run(path).exit_code != 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def stopped_by(signum: signal.Signals, data: list[str], directory: Path) -> int:
+    """The exit code of a run that is stopped after its first epoch, whose record says so."""
     process = subprocess.Popen(
-        command(*DIGITS, *data, "trainer.max_epochs=500", f"hydra.run.dir={tmp_path}"),
+        command(*DIGITS, *data, "trainer.max_epochs=500", f"hydra.run.dir={directory}"),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -187,19 +209,18 @@ def test_ctrl_c_leaves_a_record_and_no_process(data: list[str], tmp_path: Path) 
     )
     try:
         deadline = time.monotonic() + 100
-        while not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        while not (directory / "checkpoints" / "last.ckpt").exists():
             assert time.monotonic() < deadline, "no epoch ended"
             assert process.poll() is None
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+        os.killpg(process.pid, signum)
+        code = process.wait(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert record(tmp_path)["status"] == "interrupted"
-    (path,) = find_offline_runs(tmp_path)
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert read_offline_run(path).exit_code != 0
+    assert record(directory)["status"] == "interrupted"
+    assert "val/top1" in record(directory)["metrics"]
+    return code
 
 
 def test_help_is_quick_and_worth_reading() -> None:

@@ -78,3 +78,22 @@ def require_files(paths: Mapping[str, str | Path], write_command: str) -> None:
             f"Write them with\n  {write_command}\n"
             "or try without a data set of your own: data=digits"
         )
+
+
+def number_of_classes(paths: Mapping[str, str | Path], stated: int | None) -> int:
+    """How many classes the files of `paths` have, by their manifests.
+
+    Raise ValueError when they differ from each other, or from `stated` unless that is None.
+    """
+    found = {what: len(read_manifest(path).classes) for what, path in paths.items()}
+    for what, classes in found.items():
+        if stated is not None and classes != stated:
+            raise ValueError(
+                f"{paths[what]} has {classes} classes, data.num_classes={stated}: set data.num_classes={classes}"
+            )
+    if len(set(found.values())) != 1:
+        counts = ", ".join(f"{paths[what]} has {classes}" for what, classes in found.items())
+        raise ValueError(
+            f"The data files have different numbers of classes: {counts}. Write them from the same classes."
+        )
+    return next(iter(found.values()))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repvgg.data.loader import SafeLoader, make_loader
-from repvgg.data.manifest import read_manifest
+from repvgg.data.manifest import number_of_classes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -75,13 +75,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Compare the files' classes with the network's before anything is trained."""
-        for split, file in self.files.items():
-            classes = len(read_manifest(file).classes)
-            if classes != self.num_classes:
-                raise ValueError(
-                    f"{file} ({split}) has {classes} classes, data.num_classes={self.num_classes}: "
-                    f"set data.num_classes={classes}"
-                )
+        number_of_classes(self.files, self.num_classes)
 
     def train_dataloader(self) -> SafeLoader:
         """This rank's share, in an order and with crops that seed and epoch fix."""

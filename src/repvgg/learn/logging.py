@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +79,17 @@ class RunLogger(WandbLogger):
         )
         # Lightning still passes it, wandb warns about it and will remove it.
         self._wandb_init.pop("anonymous", None)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Start the run, if it has not begun, and give it its config.
+
+        Raises:
+            ValueError: online without a key.
+        """
+        try:
+            super().log_hyperparams(params)
+        except wandb.errors.UsageError as error:
+            raise ValueError(f"W&B: {error} Or keep the run on this machine: logger=wandb_offline") from error
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Write ``summary`` and close the run, so that the next job of the process gets a run of its own."""

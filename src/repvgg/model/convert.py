@@ -103,7 +103,9 @@ def equivalence(a: nn.Module, b: nn.Module, x: Tensor, *, dtype: torch.dtype = t
     Args:
         a, b: the two forms.
         x: one batch, N × channels × H × W.
-        dtype: float64 shows the identity itself (about 1e-14), float32 what a deployed network will show.
+        dtype: in float64 what is left is the rounding of the deployed weights to their own dtype, about 1e-8
+            relative for float32; of ``model.double()`` and its deploy form, the identity itself, about 1e-15.
+            float32 shows what a deployed network will show.
     """
     logits = [copy.deepcopy(_unwrapped(model)).to(dtype).eval()(x.to(dtype)) for model in (a, b)]
     difference = logits[0] - logits[1]
