@@ -26,7 +26,7 @@ def test_the_readmes_block_design_converts(shape: ConvShape) -> None:
     (text,) = fenced("README.md", "yaml")
     assert "# @package block" in text
     config = yaml.safe_load(text)
-    block = randomize(Block(shape, instantiate(config["branches"]), norm=config["norm"]))
+    block = randomize(Block(shape, instantiate(config["branches"]), norm=config["norm"]).double())
     assert len(block.branches) == (3 if shape.keeps_shape else 2)
     assert equivalence(block, to_deploy(block), torch.randn(2, shape.in_channels, 6, 6)).rel_l2 < 1e-10
 
@@ -36,7 +36,7 @@ def test_the_contributing_branch_converts() -> None:
     names = {"Branch": Branch, "ConvShape": ConvShape, "Affine": Affine, "identity_map": identity_map}
     scope = {**names, "torch": torch, "nn": nn, "Tensor": Tensor, "__name__": "example"}
     exec(compile("from __future__ import annotations\n" + textwrap.dedent(text), "CONTRIBUTING.md", "exec"), scope)
-    block = Block(ConvShape(4, 4), [scope["Scaled"].where_it_fits])
+    block = Block(ConvShape(4, 4), [scope["Scaled"].where_it_fits]).double()
     with torch.no_grad():
         block.branches[0].factor.copy_(torch.tensor([0.5, -1, 2, 3]))
     assert equivalence(block, to_deploy(block), torch.randn(2, 4, 5, 5)).rel_l2 < 1e-10
@@ -54,11 +54,7 @@ def test_every_file_and_option_that_the_readme_names_exists() -> None:
 
 def test_the_repository_speaks_of_itself_alone() -> None:
     """No path of a machine in a file that is tracked."""
-    for file in [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("conf/**/*.yaml"),
-        *ROOT.glob("src/**/*.py"),
-        *ROOT.glob("experiments/**/*.*"),
-    ]:
+    tracked = [f for pattern in ("*.md", "conf/**/*", "src/**/*", "experiments/**/*") for f in ROOT.glob(pattern)]
+    for file in tracked:
         if file.suffix in {".md", ".yaml", ".py", ".json", ".csv"}:
             assert not re.search(r"/(home|root|work)/", Path(file).read_text()), file
