@@ -316,3 +316,15 @@ def test_an_empty_source_is_refused(squares: InMemory, tmp_path: Path) -> None:
 
 def test_manifest_is_plain_json(varied: Path) -> None:
     assert json.loads(manifest_path(varied).read_text())["samples"] == 101
+
+
+def test_a_single_allowed_core_is_enough(tmp_path: Path) -> None:
+    """The writer's process once waited for ever at its end: numba's TBB pool, unloaded after a fork on one core."""
+    code = f"""
+import os
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+from repvgg.data.write import ensure_digits
+ensure_digits({str(tmp_path)!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": SOURCE_ROOT})
+    assert read_manifest(tmp_path / "val.beton").samples == 360

@@ -155,14 +155,11 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
         (["data=digits", "trainer.max_epoch=3"], ["Did you mean trainer.max_epochs?", "accumulate_grad_batches"]),
         (["data=digits", "recipy.lr=3"], ["Did you mean recipe", "Keys of the config"]),
         (["data=digits", "trainer.devices=8"], ["8 GPUs", "trainer=cpu"]),
-        (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], ["needs a GPU", "bf16-mixed"]),
         (["data=digits", "trainer=cpu", "trainer.precision=bf17"], ["bf17", "bf16-mixed"]),
         (
             ["data=digits", "trainer.accelerator=cpu", "trainer.devices=3", "logger=csv"],
             ["recipe.batch_size=256", "try recipe.batch_size=255 or 258"],
         ),
-        (["data=digits", "trainer=cpu", "bench.dtype=int8"], ["bench.dtype=int8", "bfloat16"]),
-        (["data=digits", "trainer=cpu", "recipe.lr=0", "logger=csv"], ["recipe.lr=0 must be positive"]),
         (["data=digits", "trainer=cpu", "net.depths=[1,2]"], ["depths=[1, 2]", "four numbers"]),
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else "",
@@ -187,6 +184,7 @@ def test_a_folder_of_files_says_its_number_of_classes(digits: Path, tmp_path: Pa
     assert record(tmp_path / "right")["config"]["data"]["num_classes"] == 10
 
 
+@pytest.mark.slow
 def test_sigterm_is_an_interruption(data: list[str], tmp_path: Path) -> None:
     assert stopped_by(signal.SIGTERM, data, tmp_path) == 143
 
@@ -223,6 +221,18 @@ def stopped_by(signum: signal.Signals, data: list[str], directory: Path) -> int:
     return code
 
 
+def test_online_without_a_key_names_both_ways_out(data: list[str], tmp_path: Path) -> None:
+    nothing = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    keyless = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | nothing
+    arguments = [*[a for a in DIGITS if not a.startswith("logger=")], *data, f"hydra.run.dir={tmp_path / 'run'}"]
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command(*arguments), cwd=ROOT, env=keyless, check=False, timeout=120, **quiet)
+    assert done.returncode == 2
+    assert "wandb login" in done.stderr
+    assert "logger=wandb_offline" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_is_quick_and_worth_reading() -> None:
     start = time.monotonic()
     done = train("--help")
@@ -243,6 +253,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_readme_command_works_from_another_folder(data: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "src/train.py"), *DIGITS, *data, "trainer.max_epochs=1", "logger=csv"],

@@ -1,5 +1,7 @@
 """Training itself: loss falls, seeds fix everything, resuming equals never having stopped."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,25 @@ def test_missing_gpus_and_silent_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed needs a GPU"):
         require_devices("cpu", 1, "16-mixed")
     require_devices("cpu", 2, "bf16-mixed")
+
+
+GOLDEN = Path(__file__).with_name("golden_loss.json")
+
+
+def test_reproduces_the_golden_loss_curve(digits: Path, tmp_path: Path) -> None:
+    """Twelve steps in float64: a refactoring that moves one of them has changed the training.
+
+    The losses were recorded with this test (GOLDEN_WRITE=1) and hold order, crops, initialisation, schedule and SGD.
+    """
+    losses = []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            losses.append(outputs["loss"].item())
+
+    module = classifier(seed=5, weight_decay=1e-3, warmup_epochs=0.1, label_smoothing=0.1).double()
+    run = trainer(tmp_path, [Record()], precision="64-true", limit_train_batches=12, limit_val_batches=0)
+    run.fit(module, datamodule=datamodule(digits, seed=5))
+    if os.environ.get("GOLDEN_WRITE") == "1":
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-6)

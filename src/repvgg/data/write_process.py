@@ -164,3 +164,8 @@ def main(request_file: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # Not an ordinary end: importing FFCV starts numba's thread pool, and its TBB variety waits for ever while it is
+    # unloaded in a process that has forked on a single core.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

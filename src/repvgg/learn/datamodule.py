@@ -35,7 +35,7 @@ class ImageDataModule(pl.LightningDataModule):
         os_cache: keep the file in the page cache (more than the file's size of memory), or read it as it goes.
 
     Batches:
-        images N × 3 × H × W float32, normalised; labels N, int64.
+        images N × 3 × H × W in the network's dtype, normalised; labels N, int64.
     """
 
     def __init__(
@@ -113,11 +113,13 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loaders[split]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """uint8 to normalised float32, on the device: a quarter of float's bytes go there."""
+        """uint8 to normalised numbers of the network's dtype, on the device: a quarter of float32's bytes go there."""
         images, labels = batch
+        assert self.trainer is not None
+        dtype = next(self.trainer.lightning_module.parameters()).dtype  # not float32 with precision=64-true, bf16-true
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         # A copy, too: the loader's tensor is a ring buffer's slot that the next batch may overwrite.
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        floats = images.to(torch.float32, memory_format=memory_format, copy=True)
-        return floats.sub_(self.mean).div_(self.std), labels.clone()
+        normalised = images.to(torch.float32, memory_format=memory_format, copy=True).sub_(self.mean).div_(self.std)
+        return normalised.to(dtype), labels.clone()

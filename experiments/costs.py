@@ -1,0 +1,117 @@
+"""What this repository's own machinery costs on the machine at hand: `python experiments/costs.py [--rounds 5]`.
+
+Prints a Markdown table of medians, smallest and largest of n rounds. Things that are compared take turns within a
+round, so that a machine that slows down is unfair to none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+import pytorch_lightning as pl  # noqa: E402
+import torch  # noqa: E402
+
+from repvgg.data.transforms import CenterCrop, PadCrop  # noqa: E402
+from repvgg.data.write import ensure_digits  # noqa: E402
+from repvgg.learn.datamodule import ImageDataModule  # noqa: E402
+from repvgg.learn.devices import device_name  # noqa: E402
+from repvgg.learn.logging import quiet_lightning  # noqa: E402
+from repvgg.learn.module import Classifier  # noqa: E402
+from repvgg.learn.throughput import Throughput  # noqa: E402
+from repvgg.learn.two_forms import TwoFormValidation  # noqa: E402
+from repvgg.model import ConvBN, Identity, RepVGG, to_deploy  # noqa: E402
+
+FULL = [ConvBN, partial(ConvBN, kernel_size=1), Identity.where_it_fits]
+A, B = (2, 4, 14, 1), (4, 6, 16, 1)
+DIGITS = ROOT / "data" / "digits"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def command(*arguments: str) -> Callable[[], object]:
+    """`python src/train.py` with `arguments`, output discarded."""
+    return partial(
+        subprocess.run,
+        [sys.executable, "src/train.py", *arguments],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        env={**os.environ, "PROJECT_ROOT": str(ROOT)},
+    )
+
+
+def datamodule() -> ImageDataModule:
+    """The embedded digits, 64 images a batch."""
+    files = {f"{split}_file": str(DIGITS / f"{split}.beton") for split in ("train", "val")}
+    crops = {"train_transform": PadCrop(32, 4), "val_transform": CenterCrop(32, 1.0)}
+    return ImageDataModule(**files, **crops, num_classes=10, mean=[78.6] * 3, std=[88.4] * 3, batch_size=64, seed=0)
+
+
+def validation(callbacks: list[pl.Callback]) -> Callable[[], object]:
+    """One validation of RepVGG-A0 on the digits."""
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    net = RepVGG(A, 0.75, 2.5, FULL, num_classes=10)
+    module = Classifier(net, num_classes=10, optimizer=sgd, lr=0.1, lr_batch=64, batch_size=64)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, use_distributed_sampler=False, **options)
+    data = datamodule()
+    return lambda: trainer.validate(module, datamodule=data, verbose=False)
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each line (default: 5)")
+    rounds = parser.parse_args().rounds
+    quiet_lightning()
+    ensure_digits(DIGITS)
+    untimed = TwoFormValidation(Throughput(resolution=32, every_n_epochs=0))
+    shapes = {"A0": (A, 0.75, 2.5), "B1": (B, 2, 4), "B3": (B, 3, 5)}
+    nets = {name: RepVGG(*shape, FULL) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        digits = ["data=digits", "model=repvgg_a0", "trainer=cpu", "recipe=quick", "logger=csv"]
+        one_step = [f"trainer.{limit}=1" for limit in ("max_epochs", "limit_train_batches", "limit_val_batches")]
+        digits += [*one_step, "bench.every_n_epochs=0", f"hydra.run.dir={scratch}/run"]
+        works = {
+            "validation of A0 on 360 digits, train form alone": validation([]),
+            "the same with the deploy form's (converted, same batches)": validation([untimed]),
+            **{f"conversion of {name}, float64 fold": partial(to_deploy, net) for name, net in nets.items()},
+            "`train.py --help`": command("--help"),
+            "`train.py`, ImageNet missing: the error": command(f"data.dir={scratch}/none"),
+            "`train.py` with 1 training, 1 validation and 1 test step": command(*digits),
+        }
+        for work in works.values():
+            work()  # warm: caches of numba, files, thread pools
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in works.items():
+                times[name].append(seconds(work))
+    print(
+        f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+    )
+    print(f"torch {torch.__version__}, n = {rounds} rounds\n")
+    print("| what | median [s] | smallest | largest |\n|---|--:|--:|--:|")
+    for name, values in times.items():
+        print(f"| {name} | {median(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
+
+
+if __name__ == "__main__":
+    main()
