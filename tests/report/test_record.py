@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from repvgg.report.record import read_history, read_record, write_atomically, write_record
+from repvgg.files import replacing
+from repvgg.report.record import read_history, read_record, write_record
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -36,11 +37,12 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "result.json"
-    write_atomically(target, b"old")
+    with replacing(target) as file:
+        file.write(b"old")
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            write_atomically(target, b"new")
+        with pytest.raises(OSError, match="disk full"), replacing(target) as file:
+            file.write(b"new")
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 

@@ -4,11 +4,12 @@ Standard library only: the training script looks for its data files before it im
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from repvgg.files import replacing
 
 
 class DatasetMissingError(ValueError):
@@ -33,12 +34,8 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write atomically: the file under `path` is either the old one or complete."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
 
 
 def manifest_path(beton: str | Path) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from repvgg.report.record import RECORD, RunRecord, read_record, write_atomically
+from repvgg.files import replacing
+from repvgg.report.record import RECORD, RunRecord, read_record
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def summarize(sweep_dir: Path) -> None:
             ("summary.md", table.to_markdown(frame, notes)),
             ("summary.csv", table.to_csv(frame)),
         ):
-            write_atomically(sweep_dir / name, content.encode())
+            with replacing(sweep_dir / name) as file:
+                file.write(content.encode())
             written.append(sweep_dir / name)
     except Exception:
         log.exception(f"The table of {sweep_dir} failed; the records {sweep_dir}/*/{RECORD} are untouched.")

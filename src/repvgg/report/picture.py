@@ -5,12 +5,12 @@ Drawn with matplotlib's objects and the Agg canvas: no pyplot, so no global stat
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repvgg.report.record import RunRecord, read_history, write_atomically
+from repvgg.files import replacing
+from repvgg.report.record import RunRecord, read_history
 from repvgg.report.table import Paper, bench_settings, labels, top1
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ CURVE = "val/deploy/top1"
 
 def write_picture(records: Sequence[RunRecord], paper: Paper, path: Path) -> Path:
     """Draws and writes a PNG atomically; returns its path."""
-    buffer = io.BytesIO()
-    draw(records, paper).savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
+    figure = draw(records, paper)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 
@@ -164,9 +164,9 @@ def _draw_accuracy(axes: Any, records: Sequence[RunRecord]) -> None:
     for i, record in enumerate(records):
         train, deploy, source = top1(record)
         if train is not None:
-            axes.plot(100 * train, i, "o", ms=13, mfc="none", mec=TRAIN_FORM, mew=2.2)
+            axes.plot(100 * train, i, "o", ms=13, mfc="none", mec=TRAIN_FORM, mew=2.2, clip_on=False)
         if deploy is not None:
-            axes.plot(100 * deploy, i, "o", ms=7, color=DEPLOY)
+            axes.plot(100 * deploy, i, "o", ms=7, color=DEPLOY, clip_on=False)
             text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 11}
             axes.annotate(f"{100 * deploy:.2f}", (100 * deploy, i), **text)
         if train is not None or deploy is not None:

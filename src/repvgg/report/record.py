@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from repvgg.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +68,8 @@ def write_record(
     }
     path = Path(run_dir) / RECORD
     text = json.dumps(_finite(content), indent=2, allow_nan=False, default=str)
-    write_atomically(path, f"{text}\n".encode())
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
     return path
 
 
@@ -123,19 +125,6 @@ def read_history(path: str | Path) -> pd.DataFrame:
     long = wide.melt(id_vars=["epoch", "step"], var_name="metric", value_name="value").dropna(subset="value")
     long = long.drop_duplicates(["step", "metric"], keep="last").sort_values(["step", "metric"], ignore_index=True)
     return long.astype({"epoch": "Int64", "step": "int64", "value": "float64"})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the whole new one, also after a crash of the machine."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
