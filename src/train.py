@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> float | None:
         from pytorch_lightning.utilities.exceptions import SIGTERMException
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO
-        from repvgg.learn.devices import require_devices
+        from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
         from repvgg.learn.run import (
@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        set_tf32(cfg.tf32)
         quiet_lightning()
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}

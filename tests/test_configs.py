@@ -51,6 +51,7 @@ def test_defaults_are_table_6() -> None:
     assert (cfg.recipe.weight_decay, cfg.recipe.label_smoothing, cfg.recipe.warmup_epochs) == (1e-4, 0, 0)
     assert (cfg.data.name, cfg.data.num_classes, cfg.data.resolution) == ("imagenet", 1000, 224)
     assert cfg.trainer.precision == "32-true"
+    assert cfg.tf32 is False
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from repvgg.learn.checkpoint import AtomicCheckpointIO
-from repvgg.learn.devices import require_devices
+from repvgg.learn.devices import require_devices, set_tf32
 from repvgg.learn.perf import PerfMonitor
 from support.training import classifier, datamodule, trainer, two_forms
 
@@ -108,6 +108,13 @@ def test_missing_gpus_and_silent_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed needs a GPU"):
         require_devices("cpu", 1, "16-mixed")
     require_devices("cpu", 2, "bf16-mixed")
+
+
+def test_tf32_is_off_unless_asked_for() -> None:
+    for allowed in (True, False):
+        set_tf32(allowed)
+        assert torch.backends.cudnn.allow_tf32 is allowed
+        assert torch.backends.cuda.matmul.allow_tf32 is allowed
 
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")

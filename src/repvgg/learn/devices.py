@@ -38,6 +38,12 @@ def require_devices(accelerator: str, devices: int | str | Sequence[int], precis
         )
 
 
+def set_tf32(allowed: bool) -> None:
+    """Whether GPUs may compute float32 convolutions and matrix products in TF32; torch allows it for convolutions."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def device_name(device: torch.device) -> str:
     """The model of the GPU, or the processor's."""
     if device.type == "cuda":
