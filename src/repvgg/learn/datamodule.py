@@ -9,12 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 
-from repvgg.data.loader import SafeLoader, make_loader
+from repvgg.data.loader import Batch, SafeLoader, make_loader
 from repvgg.data.manifest import number_of_classes
-
-Batch = tuple[Tensor, Tensor]
 
 
 class ImageDataModule(pl.LightningDataModule):
