@@ -3,8 +3,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3.11
 RUN := $(VENV)/bin/python
-# What ffcv's build and its JPEG decoder need from the system.
-SYSTEM := libopencv-dev libturbojpeg0-dev pkg-config build-essential python3-dev python3-venv
+# What ffcv's build and the JPEG decoders need from the system.
+SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config build-essential python3-dev python3-venv
 
 .PHONY: help demo test test-all lint format types setup system clean
 help:
@@ -36,8 +36,8 @@ types: setup
 
 setup: $(VENV)/.installed
 
-# Made anew when a pin changes.
-$(VENV)/.installed: pyproject.toml constraints.txt | system
+# Made anew when a pin or the compiled extension changes.
+$(VENV)/.installed: pyproject.toml constraints.txt src/repvgg/data/_decode.c | system
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@

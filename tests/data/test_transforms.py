@@ -26,14 +26,24 @@ def test_random_crops_lie_inside_the_image(height: int, width: int, seed: int, s
     assert 0 <= left < left + w <= width
 
 
-@given(height=sides, width=sides, ratio=st.floats(0, 1, exclude_min=True))
-def test_centre_crops_are_centred_squares_inside_the_image(height: int, width: int, ratio: float) -> None:
-    top, left, h, w = one(CenterCrop(8, ratio), height, width)
-    assert h == w == max(1, int(ratio * min(height, width)))
-    assert 0 <= top <= height - h
-    assert 0 <= left <= width - w
-    assert abs(2 * top + h - height) <= 1
-    assert abs(2 * left + w - width) <= 1
+@given(height=sides, width=sides, ratio=st.floats(0.05, 1))
+def test_centre_crops_are_centred_and_inside_the_image(height: int, width: int, ratio: float) -> None:
+    boxes = CenterCrop(8, ratio).boxes(np.array([height]), np.array([width]), Draws(0, 0, np.array([0])))
+    resized = round(8 / ratio)
+    for start, length, side in ((boxes.top, boxes.height, height), (boxes.left, boxes.width, width)):
+        scale = side / (resized * side // min(height, width))
+        assert length[0] == pytest.approx(8 * scale)
+        assert start[0] >= 0
+        assert start[0] + length[0] <= side * (1 + 1e-12)
+        assert abs(2 * start[0] + length[0] - side) <= scale * (1 + 1e-9)
+    assert not boxes.cut_first
+
+
+def test_the_papers_evaluation_crop_of_a_typical_image() -> None:
+    """500×375: resized to 341×256, cut to 224×224 at (58, 16)."""
+    boxes = CenterCrop(224).boxes(np.array([375]), np.array([500]), Draws(0, 0, np.array([0])))
+    assert (boxes.top[0], boxes.height[0]) == pytest.approx((16 * 375 / 256, 224 * 375 / 256))
+    assert (boxes.left[0], boxes.width[0]) == pytest.approx((58 * 500 / 341, 224 * 500 / 341))
 
 
 def test_padded_crops_shift_uniformly_by_at_most_the_padding() -> None:

@@ -1,9 +1,9 @@
 """Which part of a stored image becomes the network's input. Geometry only: no pixels, no code generation.
 
 A transform answers one question for a batch: which box of each stored image (and mirrored or not) becomes the
-size × size output? A box inside the image is resized to the output; a box that reaches over the edge must already
-have the output's size, and what lies outside is black. That covers all three below, and any new crop is a class
-with these two methods.
+size × size output? A box inside the image is resized to the output, without aliasing; a box that reaches over the edge
+must already have the output's size, and what lies outside is black. That covers all three below, and any new crop is a
+class with these two methods.
 
 N images per batch; heights and widths are those of the stored images, in pixels.
 """
@@ -17,19 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Draw = Callable[[int], NDArray[np.float64]]
 """draw(k) is the k-th uniform number in [0, 1) of every image of the batch, shape (N,)."""
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """One box per image, each field of shape (N,): rows top … top+height, columns left … left+width."""
+    """One box per image, each field of shape (N,): rows top … top+height, columns left … left+width.
 
-    top: Ints
-    left: Ints
-    height: Ints
-    width: Ints
+    With `cut_first` the resize sees the box only, as if it had been cut out before, and its edges are whole numbers.
+    Otherwise it sees the pixels around the box too, as if the whole image had been resized and cut then; edges may
+    lie between pixels.
+    """
+
+    top: Ints | Floats
+    left: Ints | Floats
+    height: Ints | Floats
+    width: Ints | Floats
     mirrored: NDArray[np.bool_]
+    cut_first: bool = True
 
 
 class Transform(Protocol):
@@ -159,10 +166,10 @@ class PadCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centred square of `ratio` × the shorter side, resized: validation's crop.
+    """The shorter side resized to size/ratio pixels, the centre cut out: validation's crop (256, then 224).
 
-    Equal to resizing the shorter side to size/ratio (256 for 224 pixels) and cutting the middle out, in one
-    interpolation. Rounds as FFCV's CenterCropRGBImageDecoder does.
+    The box of the stored image that torchvision's Resize and CenterCrop show, in one interpolation: sides that are
+    rounded to whole pixels there are rounded here too.
     """
 
     size: int
@@ -178,6 +185,14 @@ class CenterCrop:
 
     def boxes(self, heights: Ints, widths: Ints, draw: Draw) -> Boxes:
         """No draws: the box depends on the image's size only."""
-        side = np.maximum((self.ratio * np.minimum(heights, widths)).astype(np.int64), 1)
+        shorter = np.minimum(heights, widths)
+        to = round(self.size / self.ratio)
+
+        def edge(side: Ints) -> tuple[Floats, Floats]:
+            resized = to * side // shorter  # the longer side is cut to a whole number, as torchvision does
+            scale = side / resized
+            return np.rint((resized - self.size) / 2) * scale, self.size * scale
+
+        (top, height), (left, width) = edge(heights), edge(widths)
         centred = np.zeros(len(heights), dtype=np.bool_)
-        return Boxes((heights - side) // 2, (widths - side) // 2, side, side, centred)
+        return Boxes(top, left, height, width, centred, cut_first=False)
