@@ -116,36 +116,37 @@ static int decode_jpeg(const Job *job, Range rows, Range columns, Buffer *scratc
 /* ---- resize -------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    Range *ranges;  /* of input positions, one per output position */
-    float *weights; /* `taps` per output position; they sum to 1 */
+    int64_t *first;  /* input position at which output position i begins to look */
+    float *weights;  /* `taps` per output position, zero where it does not look; they sum to 1 */
     int taps;
-    Range all;
+    Range all;       /* of input positions that any output position looks at */
 } Axis;
+
+static double triangle(double distance, double reach) {
+    double height = 1 - (distance < 0 ? -distance : distance) / reach;
+    return height > 0 ? height : 0;
+}
 
 /* Output position i looks at start + (i + 1/2)·length/size through a triangle that reaches `scale` (at least 1)
  * input positions to each side; positions outside [low, high) do not exist. PIL's ImagingResample. */
-static int make_axis(Axis *axis, double start, double length, int64_t low, int64_t high, int size) {
+static int make_axis(Axis *axis, double start, double length, int64_t low, int64_t high, int size, int mirrored) {
     double scale = length / size, reach = scale > 1 ? scale : 1;
-    axis->taps = 2 * (int)(reach + 1) + 1;
-    axis->ranges = malloc(sizeof(Range) * (size_t)size);
-    axis->weights = malloc(sizeof(float) * (size_t)size * (size_t)axis->taps);
-    if (!axis->ranges || !axis->weights) return NO_MEMORY;
-    axis->all.first = high;
-    axis->all.last = low;
+    axis->taps = (int)(2 * reach) + 1; /* the most that fit into 2·reach */
+    axis->first = malloc(sizeof(int64_t) * (size_t)size);
+    axis->weights = calloc((size_t)size * (size_t)axis->taps, sizeof(float));
+    if (!axis->first || !axis->weights) return NO_MEMORY;
+    axis->all = (Range){high, low};
     for (int i = 0; i < size; i++) {
         double centre = start + (i + 0.5) * scale, from = centre - reach + 0.5, to = centre + reach + 0.5;
         Range range = {from > low ? (int64_t)from : low, to < high ? (int64_t)to : high};
-        float *weights = axis->weights + (size_t)i * (size_t)axis->taps;
+        int position = mirrored ? size - 1 - i : i;
+        float *weights = axis->weights + (size_t)position * (size_t)axis->taps;
         double sum = 0;
-        for (int64_t k = range.first; k < range.last; k++) {
-            double distance = ((double)k + 0.5 - centre) / reach;
-            double weight = 1 - (distance < 0 ? -distance : distance);
-            weights[k - range.first] = (float)(weight > 0 ? weight : 0);
-            sum += weight > 0 ? weight : 0;
-        }
+        for (int64_t k = range.first; k < range.last; k++) sum += triangle((double)k + 0.5 - centre, reach);
+        for (int64_t k = range.first; k < range.last; k++)
+            weights[k - range.first] = (float)(triangle((double)k + 0.5 - centre, reach) / sum);
         while (range.last > range.first + 1 && weights[range.last - range.first - 1] == 0) range.last--;
-        for (int64_t k = range.first; k < range.last; k++) weights[k - range.first] /= (float)sum;
-        axis->ranges[i] = range;
+        axis->first[position] = range.first;
         if (range.first < axis->all.first) axis->all.first = range.first;
         if (range.last > axis->all.last) axis->all.last = range.last;
     }
@@ -153,15 +154,15 @@ static int make_axis(Axis *axis, double start, double length, int64_t low, int64
 }
 
 static void free_axis(Axis *axis) {
-    free(axis->ranges);
+    free(axis->first);
     free(axis->weights);
 }
 
 /* sums[x] = Σ_k weights[k] · rows[k][x] */
-FOR_EACH_CPU static void weigh_rows(const uint8_t *rows, size_t stride, const float *weights, int64_t count,
-                                    size_t width, float *restrict sums) {
+FOR_EACH_CPU static void weigh_rows(const uint8_t *rows, size_t stride, const float *weights, int count, size_t width,
+                                    float *restrict sums) {
     for (size_t x = 0; x < width; x++) sums[x] = weights[0] * (float)rows[x];
-    for (int64_t k = 1; k < count; k++) {
+    for (int k = 1; k < count; k++) {
         const uint8_t *row = rows + (size_t)k * stride;
         float weight = weights[k];
         for (size_t x = 0; x < width; x++) sums[x] += weight * (float)row[x];
@@ -169,28 +170,43 @@ FOR_EACH_CPU static void weigh_rows(const uint8_t *rows, size_t stride, const fl
 }
 
 typedef float Pixel __attribute__((vector_size(16), aligned(4))); /* red, green, blue and whatever comes next */
+typedef int32_t Levels __attribute__((vector_size(16)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-FOR_EACH_CPU static void weigh_columns(const float *row, const Axis *axis, int size, int mirrored, uint8_t *out) {
-    int step = mirrored ? -CHANNELS : CHANNELS;
-    if (mirrored) out += (size_t)(size - 1) * CHANNELS;
-    for (int i = 0; i < size; i++, out += step) {
+/* With `taps` known to the compiler, the inner loop is gone. */
+static inline __attribute__((always_inline)) void weigh_columns(const float *row, const Axis *axis, int taps, int size,
+                                                                uint8_t *out) {
+    for (int i = 0; i < size; i++) {
         const float *weights = axis->weights + (size_t)i * (size_t)axis->taps;
-        const float *from = row + (axis->ranges[i].first - axis->all.first) * CHANNELS;
-        int64_t count = axis->ranges[i].last - axis->ranges[i].first;
+        const float *from = row + (axis->first[i] - axis->all.first) * CHANNELS;
         Pixel sum = {0.5f, 0.5f, 0.5f, 0.5f};
-        for (int64_t k = 0; k < count; k++) sum += *(const Pixel *)(from + k * CHANNELS) * weights[k];
-        for (int c = 0; c < CHANNELS; c++) out[c] = (uint8_t)(sum[c] < 255.0f ? sum[c] : 255.0f);
+        for (int k = 0; k < taps; k++) sum += *(const Pixel *)(from + k * CHANNELS) * weights[k];
+        /* At most 255: the weights sum to 1, but for rounding. The four low bytes go out at once; the fourth is
+         * overwritten by the next pixel. */
+        Bytes levels = (Bytes)__builtin_convertvector(sum, Levels);
+        levels = __builtin_shuffle(levels, (Bytes){0, 4, 8, 12});
+        memcpy(out + i * CHANNELS, &levels, i + 1 < size ? CHANNELS + 1 : CHANNELS);
     }
 }
 
-static void resize(const uint8_t *pixels, size_t stride, const Axis *rows, const Axis *columns, int size,
-                   int mirrored, float *sums, uint8_t *out) {
+FOR_EACH_CPU static void weigh_columns_of(const float *row, const Axis *axis, int size, uint8_t *out) {
+    switch (axis->taps) {
+        case 3: weigh_columns(row, axis, 3, size, out); break;
+        case 4: weigh_columns(row, axis, 4, size, out); break;
+        case 5: weigh_columns(row, axis, 5, size, out); break;
+        default: weigh_columns(row, axis, axis->taps, size, out);
+    }
+}
+
+static void resize(const uint8_t *pixels, size_t stride, const Axis *rows, const Axis *columns, int size, float *sums,
+                   uint8_t *out) {
     size_t width = (size_t)(columns->all.last - columns->all.first) * CHANNELS;
     for (int y = 0; y < size; y++, out += (size_t)size * CHANNELS) {
-        Range range = rows->ranges[y];
-        weigh_rows(pixels + (size_t)(range.first - rows->all.first) * stride, stride,
-                   rows->weights + (size_t)y * (size_t)rows->taps, range.last - range.first, width, sums);
-        weigh_columns(sums, columns, size, mirrored, out);
+        const float *weights = rows->weights + (size_t)y * (size_t)rows->taps;
+        int count = rows->taps;
+        while (count > 1 && weights[count - 1] == 0) count--; /* there may be no such row */
+        weigh_rows(pixels + (size_t)(rows->first[y] - rows->all.first) * stride, stride, weights, count, width, sums);
+        weigh_columns_of(sums, columns, size, out);
     }
 }
 
@@ -240,16 +256,18 @@ static int resample(const Job *job, int size, Buffer *scratch, Buffer *sums, uin
     Axis rows = {0}, columns = {0};
     const uint8_t *pixels;
     size_t stride;
-    int status = make_axis(&rows, job->top, job->box_height, job->window_top, job->window_bottom, size);
+    int status = make_axis(&rows, job->top, job->box_height, job->window_top, job->window_bottom, size, 0);
     if (status == DECODED)
-        status = make_axis(&columns, job->left, job->box_width, job->window_left, job->window_right, size);
+        status = make_axis(&columns, job->left, job->box_width, job->window_left, job->window_right, size,
+                           (int)job->mirrored);
     if (status == DECODED) status = fetch(job, rows.all, columns.all, scratch, &pixels, &stride);
     if (status == DECODED) {
         size_t width = (size_t)(columns.all.last - columns.all.first) * CHANNELS;
-        float *row = (float *)reserve(sums, sizeof(float) * (width + 1)); /* Pixel reads one beyond */
+        size_t beyond = (size_t)columns.taps * CHANNELS + 1; /* what zero weights and a Pixel's fourth value read */
+        float *row = (float *)reserve(sums, sizeof(float) * (width + beyond));
         if (row) {
-            row[width] = 0;
-            resize(pixels, stride, &rows, &columns, size, (int)job->mirrored, row, out);
+            memset(row + width, 0, sizeof(float) * beyond);
+            resize(pixels, stride, &rows, &columns, size, row, out);
         } else {
             status = NO_MEMORY;
         }
