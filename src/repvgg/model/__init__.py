@@ -6,6 +6,7 @@ from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Iden
 from repvgg.model.convert import Equivalence, equivalence, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.network import RepVGG
+from repvgg.model.weights import Weights, WeightsMismatchError, fits, initialize, load_weights, read_weights
 
 __all__ = [
     "Affine",
@@ -20,12 +21,18 @@ __all__ = [
     "NotAffineError",
     "RepVGG",
     "SqueezeExcite",
+    "Weights",
+    "WeightsMismatchError",
     "count_macs",
     "count_parameters",
     "count_winograd_muls",
     "equivalence",
+    "fits",
     "identity_map",
+    "initialize",
+    "load_weights",
     "memory_format_of",
     "norm_as_affine",
+    "read_weights",
     "to_deploy",
 ]

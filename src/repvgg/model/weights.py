@@ -1,0 +1,412 @@
+"""Weights from anywhere: this repository's checkpoints, the authors' files, timm's and mmpretrain's.
+
+A published naming is a table of patterns that reads in both directions. In between stand this repository's names with
+a branch's kind in the place of its number, such as ``stages.0.1.branches.3x3.conv.weight``: a file does not depend on
+the order in which an ablation lists its branches. What kind a branch is, its tensors say.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Form = Literal["train", "deploy"]
+Head = Literal["keep", "fresh"]
+
+#: A block of our naming, a part of it, and the tensor.
+OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+))\.((?:branches|conv|se|norm)(?:\..+)?)\.(\w+)")
+#: The parts of a block whose names every implementation has its own of.
+CONV3, BN3, CONV1, BN1 = "branches.3x3.conv", "branches.3x3.bn", "branches.1x1.conv", "branches.1x1.bn"
+IDENTITY, FUSED, SE_DOWN, SE_UP = "branches.identity.bn", "conv", "se.down", "se.up"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one implementation calls the tensors of a RepVGG.
+
+    Attributes:
+        stem: stage 0.
+        block: block ``{block}``, from 0, of stage ``{stage}``.
+        first_stage: the ``{stage}`` of the paper's stage 1.
+        head: the classifier.
+        parts: of a block, our names and theirs.
+    """
+
+    stem: str
+    block: str
+    first_stage: int
+    head: str
+    parts: Mapping[str, str]
+
+    def theirs(self, ours: str) -> str | None:
+        """Their key of one of ours; None where they have none."""
+        if ours.startswith("head."):
+            return f"{self.head}.{ours.removeprefix('head.')}"
+        found = OUR_KEY.fullmatch(ours)
+        if found is None or found[4] not in self.parts:
+            return None
+        layer = self.stem
+        if found[1] != "stem":
+            layer = self.block.format(stage=int(found[2]) + self.first_stage, block=found[3])
+        return f"{layer}.{self.parts[found[4]]}.{found[5]}"
+
+    def ours(self, theirs: str) -> str | None:
+        """Our key of one of theirs; None for a key that this naming does not have."""
+        path, _, leaf = theirs.rpartition(".")
+        if path == self.head:
+            return f"head.{leaf}"
+        layers = re.escape(self.block).replace(r"\{stage\}", r"(\d+)").replace(r"\{block\}", r"(\d+)")
+        parts = "|".join(re.escape(part) for part in self.parts.values())
+        found = re.fullmatch(rf"(?:{re.escape(self.stem)}|{layers})\.({parts})", path)
+        if found is None:
+            return None
+        stage, block, part = found.groups()
+        ours = next(name for name, their_part in self.parts.items() if their_part == part)
+        layer = "stem" if stage is None else f"stages.{int(stage) - self.first_stage}.{block}"
+        return f"{layer}.{ours}.{leaf}"
+
+
+class _Ours(Naming):
+    """This repository's names: a design may have branches of any kind."""
+
+    def theirs(self, ours: str) -> str | None:
+        return ours
+
+    def ours(self, theirs: str) -> str | None:
+        return theirs if OUR_KEY.fullmatch(theirs) or re.fullmatch(r"head\.\w+", theirs) else None
+
+
+#: ``official`` is the authors' repository, timm's is ``byobnet``.
+NAMINGS: Mapping[str, Naming] = {
+    "ours": _Ours("stem", "stages.{stage}.{block}", 0, "head", {}),
+    "official": Naming(
+        stem="stage0",
+        block="stage{stage}.{block}",
+        first_stage=1,
+        head="linear",
+        parts={
+            **{CONV3: "rbr_dense.conv", BN3: "rbr_dense.bn", CONV1: "rbr_1x1.conv", BN1: "rbr_1x1.bn"},
+            **{IDENTITY: "rbr_identity", FUSED: "rbr_reparam", SE_DOWN: "se.down", SE_UP: "se.up"},
+        },
+    ),
+    "timm": Naming(
+        stem="stem",
+        block="stages.{stage}.{block}",
+        first_stage=0,
+        head="head.fc",
+        parts={
+            **{CONV3: "conv_kxk.conv", BN3: "conv_kxk.bn", CONV1: "conv_1x1.conv", BN1: "conv_1x1.bn"},
+            **{IDENTITY: "identity", FUSED: "reparam_conv", SE_DOWN: "attn.fc1", SE_UP: "attn.fc2"},
+        },
+    ),
+    "mmpretrain": Naming(
+        stem="backbone.stem",
+        block="backbone.stage_{stage}.{block}",
+        first_stage=1,
+        head="head.fc",
+        parts={
+            **{CONV3: "branch_3x3.conv", BN3: "branch_3x3.norm", CONV1: "branch_1x1.conv", BN1: "branch_1x1.norm"},
+            **{IDENTITY: "branch_norm", FUSED: "branch_reparam"},
+            **{SE_DOWN: "se_layer.conv1.conv", SE_UP: "se_layer.conv2.conv"},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint file.
+
+    Attributes:
+        path: of the file.
+        naming: a key of :data:`NAMINGS`.
+        form: what the file holds, branches or the convolutions that they were fused into.
+        state: under our names, with a branch's kind in the place of its number.
+    """
+
+    path: Path
+    naming: str
+    form: Form
+    state: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Outputs of the classifier; None for a file without one."""
+        return len(self.state["head.weight"]) if "head.weight" in self.state else None
+
+
+class WeightsMismatchError(ValueError):
+    """A file and a model with other tensors."""
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a checkpoint file, whoever wrote it. No code in it is run.
+
+    Known are files of this repository (Lightning's .ckpt or a plain state dict), of the authors, of timm and of
+    mmpretrain, each in train or deploy form; the tensors may lie under ``state_dict`` or ``model``, and their names
+    may begin with what DDP (``module.``), torch.compile (``_orig_mod.``) or a LightningModule (``net.``) adds. Of a
+    Lightning file with averaged weights, ``state_dict`` holds the averages, which are what was validated.
+
+    Raises:
+        ValueError: no such file, not a file of tensors alone, or tensors that are no RepVGG's.
+    """
+    path = Path(path)
+    state = _without_prefixes(_tensors(path))
+    if any(re.search(r"stage3_(first|second)\.|_aux\.|\bpost_se\.", key) for key in state):
+        raise ValueError(
+            f"{path} is of RepVGGplus-L2pse, another network (auxiliary heads, squeeze-and-excitation after the ReLU), "
+            "which this repository does not have: take one of the RepVGG variants of conf/model"
+        )
+    # What timm's reparameterize_model leaves behind in a deployed network.
+    state = {key: tensor for key, tensor in state.items() if not key.endswith("id_tensor")}
+
+    # By the number of names that a naming knows: the classifier's alone says nothing, since several share it.
+    naming = max(NAMINGS, key=lambda name: sum(NAMINGS[name].ours(key) is not None for key in state))
+    ours = {key: NAMINGS[naming].ours(key) for key in state}
+    unknown = [key for key, our_key in ours.items() if our_key is None]
+    if unknown:
+        raise ValueError(
+            f"{path} is no RepVGG in a naming known here ({', '.join(NAMINGS)}). Nearest is {naming}, which has no "
+            f"{_some(unknown)}"
+        )
+    found = {str(our_key): state[key] for key, our_key in ours.items()}
+    if naming == "ours":
+        found = {name: found[key] for key, name in _kind_names(found).items()}
+    form = form_of(found)
+    if form is None:
+        raise ValueError(
+            f"{path} holds no block, or branches and fused convolutions at once, so it is neither a train form nor a "
+            "deploy form. Write it again from one model"
+        )
+    return Weights(path, naming, form, found)
+
+
+def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep") -> None:
+    """Copy a file's tensors into a :class:`RepVGG` or its deploy form; every one of them, or none.
+
+    Args:
+        net: in the form that the file has.
+        weights: of :func:`read_weights`.
+        head: "fresh" leaves the classifier as it was initialised, for other classes than the file's.
+
+    Raises:
+        WeightsMismatchError: tensors that are missing, too many or of another shape, or the other form. A BatchNorm's
+            ``num_batches_tracked`` may be missing: nothing is computed from it.
+    """
+    own = net.state_dict()
+    names = _kind_names(own)
+    difference = _difference({names[key]: tensor for key, tensor in own.items()}, weights, head)
+    if difference:
+        raise WeightsMismatchError(difference)
+    for key, kind in names.items():
+        if kind in weights.state and not (head == "fresh" and kind.startswith("head.")):
+            own[key] = weights.state[kind]
+    net.load_state_dict(own)
+
+
+def fits(net: nn.Module, weights: Weights) -> bool:
+    """Whether ``net``, which may be on the meta device, has the file's form and shapes up to the classifier."""
+    own = net.state_dict()
+    names = _kind_names(own)
+    return not _difference({names[key]: tensor for key, tensor in own.items()}, weights, "fresh")
+
+
+def initialize(net: nn.Module, weights: Weights) -> str:
+    """Begin a training from a file: its weights, and its classifier where it has as many classes as ``net``.
+
+    Returns:
+        one line on what was taken.
+
+    Raises:
+        WeightsMismatchError: see :func:`load_weights`; a deploy form, too, cannot be trained.
+    """
+    classes = len(net.state_dict()["head.weight"])
+    head: Head = "keep" if weights.num_classes == classes else "fresh"
+    load_weights(net, weights, head=head)
+    taken = f"Initial weights: {weights.path} ({weights.naming} naming)"
+    if head == "keep":
+        return f"{taken}, its classifier of {classes} classes too"
+    return (
+        f"{taken}; the classifier is fresh, since the file's has {weights.num_classes or 'no'} classes, not {classes}"
+    )
+
+
+def form_of(state: Iterable[str]) -> Form | None:
+    """Train or deploy, by our names; None for neither or a mixture."""
+    forms: set[Form] = set()
+    for key in state:
+        if found := OUR_KEY.fullmatch(key):
+            if found[4].startswith("branches."):
+                forms.add("train")
+            elif found[4] == FUSED:
+                forms.add("deploy")
+    return forms.pop() if len(forms) == 1 else None
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path.absolute()}")
+    try:
+        # Files from before torch 1.6 are no zip files and cannot be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if isinstance(error.__cause__, ImportError):  # of the package that torch reads .safetensors with
+            raise ValueError(f"{path} needs one more package: pip install safetensors") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a Python object, {found[1]}" if found else (str(error) or "it ends early").splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as tensors alone ({reason}). Either it is no whole checkpoint, or it needs code to "
+            "be run, which a file from elsewhere is not trusted with here. Where you trust it, keep its tensors only: "
+            "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)"
+        ) from error
+    lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
+    while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in ("state_dict", "model") if key in content), None)
+        if inner is None:
+            raise ValueError(f"{path} holds no tensors under state_dict or model; it has {_some(map(str, content))}")
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds no named tensors, but {type(content).__name__}: save a model's state_dict()")
+    state = {str(key): tensor for key, tensor in content.items()}
+    # Beside its network a LightningModule may keep other state, of a loss or a metric.
+    network = {key: tensor for key, tensor in state.items() if key.startswith("net.")}
+    return network if lightning and network else state
+
+
+def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
+    while True:
+        prefix = next(iter(state)).partition(".")[0] + "."
+        if prefix not in ("module.", "net.", "model.") or not all(key.startswith(prefix) for key in state):
+            return state
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+# --- names and shapes -----------------------------------------------------------------------------------------------
+
+
+def _kind_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our keys, and the same with kinds of branches for their numbers; a second one of a kind is ``3x3#2``."""
+    branches: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for key, tensor in state.items():
+        if found := re.fullmatch(r"(.*\bbranches)\.(\d+)\.(.*)", key):
+            branches[found[1]][found[2]][found[3]] = tensor
+    names = {key: key for key in state}
+    for block, numbered in branches.items():
+        seen: Counter[str] = Counter()
+        for number in sorted(numbered, key=int):
+            kind = _kind(numbered[number])
+            seen[kind] += 1
+            label = kind if seen[kind] == 1 else f"{kind}#{seen[kind]}"
+            for leaf in numbered[number]:
+                names[f"{block}.{number}.{leaf}"] = f"{block}.{label}.{leaf}"
+    return names
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str:
+    """``3x3``, ``identity``, or the tensors' names where a branch is of a design of one's own."""
+    conv = tensors.get("conv.weight")
+    rest = {name for name in tensors if not name.startswith("bn.") and name != "conv.weight"}
+    if rest:
+        return "+".join(sorted(rest)).replace(".", "_")
+    return "identity" if conv is None else "x".join(map(str, conv.shape[2:]))
+
+
+def _difference(own: Mapping[str, Tensor], weights: Weights, head: Head) -> str:
+    """What keeps a file from a model, empty if nothing does; ``own`` is the model's, with kinds of branches."""
+    form = form_of(own)
+    if form == "train" and weights.form == "deploy":
+        return (
+            f"{weights.path} is a deploy form ({weights.naming} naming), the model is a train form. Branches cannot be "
+            "recovered from their sum, so this file cannot be trained, only evaluated: python src/evaluate.py "
+            f"forms=deploy ckpt={weights.path}. Training needs a file of the train form"
+        )
+    if form == "deploy" and weights.form == "train":
+        return (
+            f"{weights.path} is a train form ({weights.naming} naming), the model is a deploy form. Load it into the "
+            "train form, then convert: repvgg.model.to_deploy(net)"
+        )
+
+    def wanted(key: str) -> bool:
+        return not (head == "fresh" and key.startswith("head."))
+
+    ours = {key: tensor for key, tensor in own.items() if wanted(key)}
+    theirs = {key: tensor for key, tensor in weights.state.items() if wanted(key)}
+    missing = [key for key in ours if key not in theirs and not key.endswith(".num_batches_tracked")]
+    surplus = [key for key in theirs if key not in ours]
+    reshaped = [key for key, tensor in ours.items() if key in theirs and tensor.shape != theirs[key].shape]
+    if not (missing or surplus or reshaped):
+        return ""
+    if not (missing or surplus) and all(key.startswith("head.") for key in reshaped):
+        return (
+            f"{weights.path} has a classifier of {weights.num_classes} classes, the model one of "
+            f"{len(own['head.weight'])}. Evaluate it on data with its classes (data=…), or finetune it, which begins "
+            f"with a fresh classifier: python src/train.py init_from={weights.path}"
+        )
+    naming = NAMINGS[weights.naming]
+
+    def shown(keys: list[str]) -> str:
+        return _some([naming.theirs(key) or key for key in keys])
+
+    counts = [f"{len(missing)} tensors are missing ({shown(missing)})"] if missing else []
+    counts += [f"{len(surplus)} tensors are too many ({shown(surplus)})"] if surplus else []
+    if reshaped:
+        first = reshaped[0]
+        shapes = [" × ".join(map(str, tensor[first].shape)) for tensor in (theirs, ours)]
+        counts.append(
+            f"{len(reshaped)} tensors have another shape (first {shown([first])}: {shapes[0]}, the model's {shapes[1]})"
+        )
+    return (
+        f"{weights.path} ({weights.naming} naming) does not fit the model: {'; '.join(counts)}.\n"
+        f"  the file:  {_architecture(weights.state)}\n  the model: {_architecture(own)}\n"
+        "Choose model= and ablation= so that both are one network"
+    )
+
+
+def _architecture(state: Mapping[str, Tensor]) -> str:
+    """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
+    kernels: dict[tuple[int, int], Tensor] = {}  # the first convolution of every layer, by stage and block
+    kinds: dict[str, None] = {}
+    for key, tensor in state.items():
+        found = OUR_KEY.fullmatch(key)
+        if found is None:
+            continue
+        place = (-1, 0) if found[1] == "stem" else (int(found[2]), int(found[3]))
+        if found[4].startswith("branches."):
+            kinds[found[4].split(".")[1]] = None
+        if found[4].endswith("conv") and found[5] == "weight":
+            kernels.setdefault(place, tensor)
+    stages: dict[int, list[Tensor]] = defaultdict(list)
+    groups, channels = 1, None
+    for (stage, _), kernel in sorted(kernels.items(), key=lambda item: item[0]):
+        stages[stage].append(kernel)
+        groups = max(groups, channels // kernel.shape[1] if channels else 1)
+        channels = kernel.shape[0]
+    parts = [
+        f"{'+'.join(str(len(stage)) for stage in stages.values())} layers of "
+        f"{', '.join(str(stage[0].shape[0]) for stage in stages.values())} channels",
+        f"branches {' '.join(kinds)}" if kinds else "fused",
+    ]
+    if groups > 1:
+        parts.append(f"groups {groups}")
+    if any(".se." in key for key in state):
+        parts.append("squeeze-and-excitation")
+    parts.append(f"{len(state['head.weight'])} classes" if "head.weight" in state else "no classifier")
+    return "; ".join(parts)
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (" …" if len(names) > count else "")
