@@ -45,7 +45,7 @@ def test_the_constants_of_digits_are_those_of_the_images() -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("write_dataset", overrides=["data=digits"]).data
     source = digits("train")
-    images = np.stack([np.asarray(source[i][0]) for i in range(len(source))])
+    images = np.stack([np.asarray(source[i].image) for i in range(len(source))])
     # JPEG, through which the constants were measured, moves them a little.
     assert np.allclose(images.mean(axis=(0, 1, 2)), config.mean, atol=1.0)
     assert np.allclose(images.std(axis=(0, 1, 2)), config.std, atol=1.0)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repvgg.data.sources import ImageSource
+from repvgg.data.sources import ImageSource, Sample
 
 
-class First:
+class First(ImageSource):
     """The first ``count`` images of a source."""
 
     def __init__(self, source: ImageSource, count: int) -> None:
@@ -19,7 +19,7 @@ class First:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> Sample:
         return self.source[index]
 
 

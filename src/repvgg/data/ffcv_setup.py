@@ -46,7 +46,6 @@ with torch_threads_kept(), warnings.catch_warnings(), patch("numba.typed.Dict", 
     from ffcv.pipeline.state import State
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate, Squeeze, ToDevice, ToTensor, ToTorchImage
     from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
-    from ffcv.writer import DatasetWriter
 
 
 def _keep_precompiled() -> None:
@@ -89,7 +88,6 @@ __all__ = [
     "AllocationQuery",
     "CenterCropRGBImageDecoder",
     "Compiler",
-    "DatasetWriter",
     "EpochIterator",
     "FieldDescType",
     "HeaderType",

@@ -5,7 +5,7 @@ Standard library only: the training script looks for its data files before it im
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ class DatasetMissingError(ValueError):
 class Manifest:
     """The sidecar of one .beton file.
 
-    `content_sha256` covers labels and encoded images in record order, not the file: two writers lay the same
-    records out differently (pages are handed out as they fill up).
+    `content_sha256` covers labels and encoded images in record order, not the file: FFCV's writer lays the same
+    records out differently every time.
     """
 
     samples: int
@@ -31,6 +31,20 @@ class Manifest:
     content_sha256: str
     versions: dict[str, str]
     source: str
+    source_sha256: str = ""
+    """The source's fingerprint."""
+    bytes: int = 0
+    """Of the whole file."""
+    pixels: dict[str, list[int]] = field(default_factory=dict)
+    """Smallest, median and largest shorter_side and longer_side."""
+    stored: dict[str, int] = field(default_factory=dict)
+    """How many records hold the bytes of a JPEG file as it was, a JPEG encoded anew, raw pixels."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """Name of and reason for every image that was left out (on_bad=skip)."""
+    damaged: list[str] = field(default_factory=list)
+    """Names of images whose files are faulty; PIL made something of them, and that is stored."""
+    class_words: list[str] | None = None
+    """For readers, where `classes` are mere codes."""
 
     def write(self, path: Path) -> None:
         """Write atomically: the file under `path` is either the old one or complete."""
@@ -52,13 +66,16 @@ def read_manifest(beton: str | Path) -> Manifest:
     except FileNotFoundError:
         raise DatasetMissingError(
             f"{path} does not exist, so {beton} was not written by this repository or not to its end. "
-            "Write it again: python src/write_dataset.py data=…"
+            "Write it again: python src/write_dataset.py data=…\n"
+            f"or, if FFCV's own writer made it, have it checked and {path.name} written: "
+            f"python src/write_dataset.py adopt=true data=… data.dir={Path(beton).parent}"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}). Write the data again.") from None
-    expected = {field.name for field in fields(Manifest)}
-    if not isinstance(content, dict) or set(content) != expected:
-        raise ValueError(f"{path} must hold exactly the keys {sorted(expected)}. Write the data again.")
+    known = {entry.name for entry in fields(Manifest)}
+    required = {entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING}
+    if not isinstance(content, dict) or not required <= set(content) <= known:
+        raise ValueError(f"{path} must hold the keys {sorted(required)}. Write the data again.")
     return Manifest(**content)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repvgg.data.encode import decodes
 from repvgg.data.ffcv_setup import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -28,15 +29,16 @@ from repvgg.data.ffcv_setup import (
     IntField,
     RGBImageField,
     get_metadata_type,
-    libffcv,
 )
 from repvgg.data.manifest import DatasetMissingError, Manifest, manifest_path, read_manifest
+from repvgg.data.progress import Advance, progress
 
 JPG, RAW = 0, 1
 MARKERS_LOOKED_AT = 1024
 FIELDS = {"image": RGBImageField, "label": IntField}
 FIELD_TYPE_IDS = (2, 1)
 METADATA = np.dtype(get_metadata_type([RGBImageField(), IntField()]))
+METADATA_START = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
 
 
 class CorruptDatasetError(ValueError):
@@ -89,8 +91,7 @@ def read_records(path: str | Path) -> Records:
     _require(int(header["num_fields"]) == len(FIELDS), path, "does not hold exactly an image and a label")
     _require(samples > 0, path, "holds no samples")
     _require(table_start != 0, path, "has no allocation table: its writer was stopped")
-    metadata_start = HeaderType.itemsize + len(FIELDS) * FieldDescType.itemsize
-    data_start = metadata_start + samples * METADATA.itemsize
+    data_start = METADATA_START + samples * METADATA.itemsize
     _require(
         data_start <= table_start and table_start + samples * ALLOC_TABLE_TYPE.itemsize == bytes_total,
         path,
@@ -98,7 +99,7 @@ def read_records(path: str | Path) -> Records:
     )
     descriptors = np.fromfile(path, dtype=FieldDescType, count=len(FIELDS), offset=HeaderType.itemsize)
     _require(tuple(descriptors["type_id"]) == FIELD_TYPE_IDS, path, "does not hold an RGB image and an integer label")
-    rows = np.fromfile(path, dtype=METADATA, count=samples, offset=metadata_start)
+    rows = np.fromfile(path, dtype=METADATA, count=samples, offset=METADATA_START)
     table = np.fromfile(path, dtype=ALLOC_TABLE_TYPE, count=samples, offset=table_start)
     table = table[np.argsort(table["ptr"])]
     images = rows["f0"]
@@ -143,35 +144,37 @@ def encoded(records: Records) -> Iterator[NDArray[np.uint8]]:
         yield data[start : start + size]
 
 
+def add_content(digest: "hashlib._Hash", label: int, mode: int, height: int, width: int, content: bytes) -> None:
+    """Add one record to the content hash."""
+    digest.update(f"{label} {mode} {height} {width} ".encode())
+    digest.update(content)
+
+
 def content_sha256(records: Records) -> str:
     """Hash of every record's label, mode, size and stored bytes, in record order."""
     digest = hashlib.sha256()
     for image, label, content in zip(records.images, records.labels, encoded(records), strict=True):
-        digest.update(f"{label} {image['mode']} {image['height']} {image['width']} ".encode())
-        digest.update(content.tobytes())
+        add_content(digest, label, image["mode"], image["height"], image["width"], content.tobytes())
     return digest.hexdigest()
 
 
-def _decode_all(records: Records, num_threads: int) -> None:
+def _decode_all(records: Records, num_threads: int, advance: Advance) -> None:
     """Raise for the first JPEG record that FFCV's decoder rejects."""
 
-    def decodes(job: tuple[Any, NDArray[np.uint8]]) -> bool:
+    def decodes_or_is_raw(job: tuple[Any, NDArray[np.uint8]]) -> bool:
         image, content = job
-        height, width = int(image["height"]), int(image["width"])
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
-        done = libffcv.imdecode(content, pixels, height, width, height, width, 0, 0, 1, 1, False, False)
-        return bool(done == 0)
+        return bool(image["mode"] == RAW) or decodes(content, int(image["height"]), int(image["width"]))
 
-    pairs = zip(records.images, encoded(records), strict=True)
-    jobs = ((i, pair) for i, pair in enumerate(pairs) if pair[0]["mode"] == JPG)
+    jobs = enumerate(zip(records.images, encoded(records), strict=True))
     with ThreadPoolExecutor(num_threads) as pool:
         while batch := list(islice(jobs, 1024)):  # bounded: pool.map would read everything at once
-            for (index, _), good in zip(batch, pool.map(decodes, [pair for _, pair in batch]), strict=True):
+            for (index, _), good in zip(batch, pool.map(decodes_or_is_raw, [job for _, job in batch]), strict=True):
                 if not good:
                     raise corrupt(records.path, f"record {index} does not decode")
+            advance(len(batch))
 
 
-def verify_beton(path: str | Path, *, decode: bool = False) -> Records:
+def verify_beton(path: str | Path, *, decode: bool = False, show_progress: bool = False) -> Records:
     """Raise CorruptDatasetError, which names file and record, unless the file is sound.
 
     The tables are always checked, and the JPEG markers of at most 1024 records spread over the file: reading a
@@ -185,7 +188,8 @@ def verify_beton(path: str | Path, *, decode: bool = False) -> Records:
     if manifest is not None:
         _check_manifest(records, manifest)
     if decode:
-        _decode_all(records, len(os.sched_getaffinity(0)))
+        with progress(f"decoding {records.path.name}", len(records), enabled=show_progress) as advance:
+            _decode_all(records, len(os.sched_getaffinity(0)), advance)
         if manifest is not None and content_sha256(records) != manifest.content_sha256:
             raise corrupt(records.path, "holds other images or labels than its manifest says (content hash)")
     return records
