@@ -2,12 +2,22 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from repvgg.cli import clear_errors, key_suggestions, logged_config, multirun_name, prepare_environment, run_name
+from repvgg.cli import (
+    clear_errors,
+    fitting_choices,
+    key_suggestions,
+    logged_config,
+    multirun_name,
+    prepare_environment,
+    quote_paths,
+    run_name,
+)
 from repvgg.data.manifest import number_of_classes, require_files
 
 log = logging.getLogger("train")
@@ -17,6 +27,10 @@ log = logging.getLogger("train")
 def main(cfg: DictConfig) -> float | None:
     """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
     with clear_errors():
+        if cfg.init_from is not None and cfg.ckpt_path is not None:
+            raise ValueError("init_from begins a run with a file's weights, ckpt_path continues one: give one of them")
+        if cfg.init_from is not None and not Path(cfg.init_from).is_file():
+            raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
         if cfg.data.prepare is None:
             files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
             require_files(files, cfg.data.write_command)
@@ -41,6 +55,7 @@ def main(cfg: DictConfig) -> float | None:
             last_metrics,
             train_and_test,
         )
+        from repvgg.model import initialize, read_weights
         from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
@@ -52,6 +67,10 @@ def main(cfg: DictConfig) -> float | None:
         cfg.run.group = cfg.run.group or multirun_name()
 
         module = instantiate(cfg.module)
+        if cfg.init_from is not None:
+            weights = read_weights(cfg.init_from)
+            with fitting_choices(weights, choices["ablation"]):
+                initial = initialize(module.net, weights)
         size = cfg.data.resolution
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
         trainer: pl.Trainer = instantiate(
@@ -68,6 +87,8 @@ def main(cfg: DictConfig) -> float | None:
             logger.log_hyperparams(config)
 
     if trainer.is_global_zero:
+        if cfg.init_from is not None:
+            log.info(initial)
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
     status: Status = "failed"
     error: str | None = None
@@ -95,5 +116,6 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     prepare_environment()
+    sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt_path", "init_from"])
     with key_suggestions("train", sys.argv[1:]):
         main()

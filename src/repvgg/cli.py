@@ -8,16 +8,19 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+if TYPE_CHECKING:
+    from repvgg.model import Weights
 
 #: Groups whose values do not stand under their own name, so that a W&B sweep over them keeps the config whole.
 NODE_OF_GROUP = {"model": "net", "ablation": "block"}
@@ -96,11 +99,16 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
     return f"error: there is no {key}. {meant}Keys of {parent or 'the config'}: {', '.join(map(str, known))}"
 
 
-def run_name(choices: Mapping[str, str], seed: int) -> str:
-    """Short and readable: B0-id-s1 (and B0-id-digits-s1 where the data is not ImageNet)."""
+def subject(choices: Mapping[str, str]) -> str:
+    """What a run is about: B0-id, and B0-id-digits where the data is not ImageNet."""
     model = choices["model"].removeprefix("repvgg_")
     data = [] if choices["data"] == "imagenet" else [choices["data"]]
-    return "-".join([model[0].upper() + model[1:], choices["ablation"], *data, f"s{seed}"])
+    return "-".join([model[0].upper() + model[1:], choices["ablation"], *data])
+
+
+def run_name(choices: Mapping[str, str], seed: int) -> str:
+    """Short and readable: B0-id-s1 (and B0-id-digits-s1 where the data is not ImageNet)."""
+    return f"{subject(choices)}-s{seed}"
 
 
 def multirun_name() -> str | None:
@@ -122,3 +130,81 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
 
 
 REPEATING = ("module", "datamodule", "callbacks", "logger")
+
+
+# --- checkpoint files -----------------------------------------------------------------------------------------------
+
+#: What a checkpoint's run says of its network and data: the groups, and the nodes whose values may have been set.
+OF_THE_NETWORK = {"model": "net", "ablation": "block", "data": "data", "recipe": None}
+
+
+def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Arguments of which ``key=PATH`` is quoted where PATH is a file.
+
+    Hydra's grammar has no bare = or comma in a value, and a sweep's directories are called ``0_ablation=id``.
+    """
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        bare = key in keys and equals and set(value) & set("=,") and Path(value).is_file()
+        quoted.append(f"{key}='{value.replace(chr(39), chr(92) + chr(39))}'" if bare else argument)
+    return quoted
+
+
+def overrides_of_run(checkpoint: str | Path, typed: Sequence[str]) -> list[str]:
+    """The choices of network and data of the run that left a checkpoint, as overrides; none for any other file.
+
+    Args:
+        checkpoint: ``RUN/checkpoints/best.ckpt`` of a RUN that holds Hydra's files.
+        typed: overrides that come first; a group that is typed takes the run's values of its node away too.
+    """
+    saved = Path(checkpoint).absolute().parent.parent / ".hydra" / "hydra.yaml"
+    if not saved.is_file():
+        return []
+    hydra = OmegaConf.load(saved).hydra
+    keys = {_key(override) for override in typed}
+    groups = {group: node for group, node in OF_THE_NETWORK.items() if group not in keys}
+    overrides = [f"{group}={hydra.runtime.choices[group]}" for group in groups if group in hydra.runtime.choices]
+    nodes = tuple(f"{node}." for node in groups.values() if node)
+    return overrides + [o for o in hydra.overrides.task if _key(o).startswith(nodes) and _key(o) not in keys]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+@contextmanager
+def fitting_choices(weights: Weights, ablation: str) -> Iterator[None]:
+    """Add to the error of a file that does not fit the model which ``model=`` and ``ablation=`` of conf/ it fits."""
+    from repvgg.model import WeightsMismatchError
+
+    try:
+        yield
+    except WeightsMismatchError as error:
+        fitting = _fitting(weights, ablation)
+        found = f"This file fits {' or '.join(fitting)}" if fitting else "It fits no model= and ablation= of conf/"
+        raise ValueError(f"{error}. {found}") from error
+
+
+def _fitting(weights: Weights, ablation: str) -> list[str]:
+    """All models with the chosen ablation, or else with any other."""
+    import torch
+    from hydra.utils import instantiate
+
+    from repvgg.model import fits, same_layers
+
+    def options(group: str) -> list[str]:
+        return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
+
+    def net(model: str, ablation: str) -> torch.nn.Module:
+        config = compose("train", overrides=[f"model={model}", f"ablation={ablation}", "data=imagenet"])
+        with torch.device("meta"):
+            made: torch.nn.Module = instantiate(config.net)
+        return made
+
+    variants = [model for model in options("model") if same_layers(net(model, ablation), weights)]
+    if weights.form == "deploy":  # all ablations deploy to one network
+        return [f"model={model}" for model in variants]
+    found = [f"model={model}" for model in variants if fits(net(model, ablation), weights)]
+    others = ((model, name) for model in variants for name in options("ablation"))
+    return found or [f"model={model} ablation={name}" for model, name in others if fits(net(model, name), weights)]

@@ -243,7 +243,7 @@ def test_other_classes_are_named_or_get_a_fresh_classifier(tmp_path: Path) -> No
     reference = oracle()
     weights = read_weights(saved(reference.state_dict(), tmp_path / "weights.pth"))
     net = ours(num_classes=5)
-    with pytest.raises(WeightsMismatchError, match=r"7 classes, the model one of 5.*init_from="):
+    with pytest.raises(ValueError, match=r"7 classes, the model one of 5.*init_from="):
         load_weights(net, weights)
     head = net.head.weight.clone()
     assert "fresh, since the file's has 7 classes, not 5" in initialize(net, weights)
@@ -264,10 +264,10 @@ def test_a_file_without_a_classifier_can_only_begin_a_training(tmp_path: Path) -
 
 def test_forms_do_not_mix(tmp_path: Path) -> None:
     deployed = read_weights(saved(oracle(deploy=True).state_dict(), tmp_path / "deploy.pth"))
-    with pytest.raises(WeightsMismatchError, match=r"Branches cannot be recovered.*forms=deploy"):
+    with pytest.raises(ValueError, match=r"Branches cannot be recovered.*forms=deploy"):
         initialize(ours(), deployed)
     trained = read_weights(saved(oracle().state_dict(), tmp_path / "train.pth"))
-    with pytest.raises(WeightsMismatchError, match="to_deploy"):
+    with pytest.raises(ValueError, match="to_deploy"):
         load_weights(ours(deploy=True), trained)
     both = {**oracle().state_dict(), **oracle(deploy=True).state_dict()}
     with pytest.raises(ValueError, match="at once"):

@@ -6,7 +6,15 @@ from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Iden
 from repvgg.model.convert import Equivalence, equivalence, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.network import RepVGG
-from repvgg.model.weights import Weights, WeightsMismatchError, fits, initialize, load_weights, read_weights
+from repvgg.model.weights import (
+    Weights,
+    WeightsMismatchError,
+    fits,
+    initialize,
+    load_weights,
+    read_weights,
+    same_layers,
+)
 
 __all__ = [
     "Affine",
@@ -34,5 +42,6 @@ __all__ = [
     "memory_format_of",
     "norm_as_affine",
     "read_weights",
+    "same_layers",
     "to_deploy",
 ]

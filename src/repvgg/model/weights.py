@@ -145,7 +145,7 @@ class Weights:
 
 
 class WeightsMismatchError(ValueError):
-    """A file and a model with other tensors."""
+    """A file and a model of other architectures."""
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -199,14 +199,13 @@ def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep") -> No
         head: "fresh" leaves the classifier as it was initialised, for other classes than the file's.
 
     Raises:
-        WeightsMismatchError: tensors that are missing, too many or of another shape, or the other form. A BatchNorm's
+        WeightsMismatchError: tensors that are missing, too many or of another shape. A BatchNorm's
             ``num_batches_tracked`` may be missing: nothing is computed from it.
+        ValueError: the other form, or a classifier of other classes.
     """
     own = net.state_dict()
     names = _kind_names(own)
-    difference = _difference({names[key]: tensor for key, tensor in own.items()}, weights, head)
-    if difference:
-        raise WeightsMismatchError(difference)
+    _require_fit({names[key]: tensor for key, tensor in own.items()}, weights, head)
     for key, kind in names.items():
         if kind in weights.state and not (head == "fresh" and kind.startswith("head.")):
             own[key] = weights.state[kind]
@@ -217,7 +216,25 @@ def fits(net: nn.Module, weights: Weights) -> bool:
     """Whether ``net``, which may be on the meta device, has the file's form and shapes up to the classifier."""
     own = net.state_dict()
     names = _kind_names(own)
-    return not _difference({names[key]: tensor for key, tensor in own.items()}, weights, "fresh")
+    try:
+        _require_fit({names[key]: tensor for key, tensor in own.items()}, weights, "fresh")
+    except ValueError:
+        return False
+    return True
+
+
+def same_layers(net: nn.Module, weights: Weights) -> bool:
+    """Whether both have the same 3×3 kernels, whatever other branches they have: the same variant, that is."""
+    own = net.state_dict()
+    names = _kind_names(own)
+
+    def kernels(state: Mapping[str, Tensor]) -> list[torch.Size]:
+        found = ((OUR_KEY.fullmatch(key), tensor) for key, tensor in state.items())
+        return [
+            tensor.shape for match, tensor in found if match and match[4] in (CONV3, FUSED) and match[5] == "weight"
+        ]
+
+    return kernels({names[key]: tensor for key, tensor in own.items()}) == kernels(weights.state)
 
 
 def initialize(net: nn.Module, weights: Weights) -> str:
@@ -227,7 +244,7 @@ def initialize(net: nn.Module, weights: Weights) -> str:
         one line on what was taken.
 
     Raises:
-        WeightsMismatchError: see :func:`load_weights`; a deploy form, too, cannot be trained.
+        ValueError: see :func:`load_weights`; a deploy form cannot be trained.
     """
     classes = len(net.state_dict()["head.weight"])
     head: Head = "keep" if weights.num_classes == classes else "fresh"
@@ -324,17 +341,17 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     return "identity" if conv is None else "x".join(map(str, conv.shape[2:]))
 
 
-def _difference(own: Mapping[str, Tensor], weights: Weights, head: Head) -> str:
-    """What keeps a file from a model, empty if nothing does; ``own`` is the model's, with kinds of branches."""
+def _require_fit(own: Mapping[str, Tensor], weights: Weights, head: Head) -> None:
+    """Raise unless the file has the tensors of the model; ``own`` are the model's, with kinds of branches."""
     form = form_of(own)
     if form == "train" and weights.form == "deploy":
-        return (
+        raise ValueError(
             f"{weights.path} is a deploy form ({weights.naming} naming), the model is a train form. Branches cannot be "
             "recovered from their sum, so this file cannot be trained, only evaluated: python src/evaluate.py "
             f"forms=deploy ckpt={weights.path}. Training needs a file of the train form"
         )
     if form == "deploy" and weights.form == "train":
-        return (
+        raise ValueError(
             f"{weights.path} is a train form ({weights.naming} naming), the model is a deploy form. Load it into the "
             "train form, then convert: repvgg.model.to_deploy(net)"
         )
@@ -348,9 +365,9 @@ def _difference(own: Mapping[str, Tensor], weights: Weights, head: Head) -> str:
     surplus = [key for key in theirs if key not in ours]
     reshaped = [key for key, tensor in ours.items() if key in theirs and tensor.shape != theirs[key].shape]
     if not (missing or surplus or reshaped):
-        return ""
+        return
     if not (missing or surplus) and all(key.startswith("head.") for key in reshaped):
-        return (
+        raise ValueError(
             f"{weights.path} has a classifier of {weights.num_classes} classes, the model one of "
             f"{len(own['head.weight'])}. Evaluate it on data with its classes (data=…), or finetune it, which begins "
             f"with a fresh classifier: python src/train.py init_from={weights.path}"
@@ -368,7 +385,7 @@ def _difference(own: Mapping[str, Tensor], weights: Weights, head: Head) -> str:
         counts.append(
             f"{len(reshaped)} tensors have another shape (first {shown([first])}: {shapes[0]}, the model's {shapes[1]})"
         )
-    return (
+    raise WeightsMismatchError(
         f"{weights.path} ({weights.naming} naming) does not fit the model: {'; '.join(counts)}.\n"
         f"  the file:  {_architecture(weights.state)}\n  the model: {_architecture(own)}\n"
         "Choose model= and ablation= so that both are one network"

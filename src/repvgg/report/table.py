@@ -88,11 +88,13 @@ NUMBERS: dict[str, Callable[[float], str]] = {
 
 
 def top1(record: RunRecord) -> tuple[float | None, float | None, str]:
-    """Top-1 of the train form and of the deploy form, fractions of 1, and whether they are of `test` or `val`.
+    """Top-1 of the train form and of the deploy form, fractions of 1, and where from: `test`, `eval` or `val`.
 
-    `test` is the best checkpoint; a run without it gives its last validation. Both forms are of the same source.
+    `test` is the best checkpoint's, `eval` that of an evaluated file; a run without them gives its last validation.
+    Both forms are of the same source.
     """
-    source = "test" if {"test/top1", "test/deploy/top1"} & record.metrics.keys() else "val"
+    sources = [s for s in ("test", "eval") if {f"{s}/top1", f"{s}/deploy/top1"} & record.metrics.keys()]
+    source = next(iter(sources), "val")
     return record.metrics.get(f"{source}/top1"), record.metrics.get(f"{source}/deploy/top1"), source
 
 

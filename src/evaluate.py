@@ -1,0 +1,167 @@
+"""What a checkpoint scores, in both forms: `python src/evaluate.py --help` has examples."""
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from repvgg.cli import (
+    clear_errors,
+    fitting_choices,
+    key_suggestions,
+    logged_config,
+    multirun_name,
+    overrides_of_run,
+    prepare_environment,
+    quote_paths,
+    subject,
+)
+from repvgg.data.manifest import number_of_classes, read_manifest, require_files
+
+log = logging.getLogger("evaluate")
+
+#: What train.yaml has and an evaluation does not read.
+OF_TRAINING = ("recipe", "callbacks", "bench", "module", "init_from", "ckpt_path", "seed")
+
+
+def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
+    """The config of this evaluation, with what the checkpoint's run says where nothing else was typed; its choices."""
+    typed = list(HydraConfig.get().overrides.task)
+    ignored = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING]
+    if ignored:
+        raise ValueError(f"{' '.join(ignored)}: an evaluation does not read {', '.join(OF_TRAINING)}")
+    if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
+        missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
+        raise ValueError(f"{missing}. Of a run it is\n  python src/evaluate.py ckpt=RUN/checkpoints/best.ckpt")
+    if cfg.forms not in (None, "both", "train", "deploy"):
+        raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
+    of_run = overrides_of_run(cfg.ckpt, typed)
+    try:
+        cfg = compose("evaluate", overrides=[*of_run, *typed], return_hydra_config=True)
+    except HydraException as error:
+        raise ValueError(
+            f"The choices of the run that left {cfg.ckpt} are no longer there ({' '.join(of_run)}): {error}\n"
+            "Choose model=, ablation= and data= yourself"
+        ) from error
+    groups = ("model", "ablation", "data", "trainer", "logger")
+    choices = {group: str(cfg.hydra.runtime.choices[group]) for group in groups}
+    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    if of_run:
+        log.info(f"Of the checkpoint's run: {' '.join(of_run)}")
+
+    crop = cfg.data.val_transform
+    for name in ("resolution", "resize", "batch_size"):
+        value = cfg[name]
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value} must be a whole number of at least 1")
+    crop.size = cfg.resolution or crop.size
+    if cfg.resize is not None:
+        if cfg.resize < crop.size:
+            raise ValueError(f"resize={cfg.resize} is smaller than the crop of {crop.size} pixels: set resolution= too")
+        crop.ratio = crop.size / cfg.resize
+    if cfg.data.prepare is None:
+        files = {"val": cfg.data.val_file}
+        require_files(files, cfg.data.write_command)
+        cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
+    return cfg, choices
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def main(cfg: DictConfig) -> float | None:
+    """Check, build, evaluate; returns the deploy form's top-1, or the train form's where that is alone."""
+    with clear_errors():
+        cfg, choices = settle(cfg)
+
+        # Heavy imports from here on: a wrong command has been answered by now.
+        import pytorch_lightning as pl
+        from hydra.utils import instantiate
+        from pytorch_lightning.utilities.exceptions import SIGTERMException
+        from rich.console import Console
+
+        from repvgg.learn.devices import require_devices, set_tf32
+        from repvgg.learn.evaluate import PREFIX, Evaluation, counted, evaluate, forms_of
+        from repvgg.learn.logging import RunLogger, quiet_lightning
+        from repvgg.learn.run import close_loggers, environment
+        from repvgg.model import load_weights, read_weights, to_deploy
+        from repvgg.report import evaluation as report
+        from repvgg.report.record import Status, write_record
+
+        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        set_tf32(cfg.tf32)
+        quiet_lightning()
+        cfg.run.name = cfg.run.name or f"{subject(choices)}-eval"
+        cfg.run.group = cfg.run.group or multirun_name()
+        if "wandb" in cfg.logger:
+            cfg.logger.wandb.job_type = "eval"
+
+        weights = read_weights(cfg.ckpt)
+        net = instantiate(cfg.net)
+        net = to_deploy(net) if weights.form == "deploy" else net
+        with fitting_choices(weights, choices["ablation"]):
+            load_weights(net, weights)
+        forms = forms_of(net, weights.form, cfg.forms)
+        size = cfg.data.val_transform.size
+        metrics: dict[str, float] = counted(forms, (cfg.net.in_channels, size, size))
+        module = Evaluation(
+            forms,
+            num_classes=cfg.data.num_classes,
+            confusion=cfg.confusion,
+            channels_last=cfg.channels_last,
+            compile=cfg.compile,
+        )
+        trainer: pl.Trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
+        # Of the data module the validation images are needed, and not that there are others for training.
+        datamodule = instantiate(cfg.datamodule, batch_size=cfg.batch_size, train_file=cfg.data.val_file)
+        config = {k: v for k, v in logged_config(cfg, choices).items() if k not in OF_TRAINING}
+        config |= {"weights": {"naming": weights.naming, "form": weights.form}, **environment(trainer)}
+        for logger in trainer.loggers:  # where a W&B run begins
+            logger.log_hyperparams(config)
+
+    status: Status = "failed"
+    error: str | None = None
+    objective: float | None = None
+    try:
+        scores, classes = evaluate(trainer, module, datamodule)
+        metrics |= scores
+        objective = metrics[f"{PREFIX[list(forms)[-1]]}/top1"]
+        if trainer.is_global_zero:
+            names = read_manifest(cfg.data.val_file).classes
+            tables = report.tables(names, classes.images, classes.right, classes.confusion, metrics)
+            for name, table in tables.items():
+                report.write_csv(Path(cfg.output_dir) / f"{name}.csv", table)
+            header, rows = tables["per_class"]
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.log_table("eval/per_class", columns=header, data=rows)
+            title = (
+                f"{Path(cfg.ckpt).name} ({weights.naming} naming, {weights.form} form), {subject(choices)}: "
+                f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}"
+            )
+            report.print_evaluation(title, metrics, rows, Console())
+        status = "finished"
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM, once it has shut down
+        status = "interrupted"
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
+        if trainer.is_global_zero:
+            write_record(
+                cfg.output_dir, status=status, config=config, metrics=metrics, objective=objective, error=error
+            )
+            log.info(f"{cfg.run.name} {status}. Everything is in {cfg.output_dir}")
+    return objective
+
+
+if __name__ == "__main__":
+    prepare_environment()
+    sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt"])
+    with key_suggestions("evaluate", sys.argv[1:]):
+        main()
