@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from repvgg.learn.optim import parameter_groups, scaled_lr, warmup_then_cosine
+from repvgg.learn.optim import fused_l2, parameter_groups, scaled_lr, warmup_then_cosine
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,6 +67,9 @@ class Classifier(pl.LightningModule):
         batch_size: images per step, over all devices and accumulated batches.
         warmup_epochs: of the schedule; may be a fraction.
         weight_decay: of kernels.
+        decay_identity_gamma, bias_lr_factor: see :func:`repvgg.learn.optim.parameter_groups`.
+        custom_l2: decay each block's fused kernel instead of its branches' kernels, see
+            :func:`repvgg.learn.optim.fused_l2`. ``train/loss`` stays the cross-entropy alone.
         label_smoothing: of the training loss only.
         channels_last: memory format of the network.
         compile: torch.compile ``net`` in place, which keeps the names of its parameters.
@@ -83,12 +86,16 @@ class Classifier(pl.LightningModule):
         batch_size: int,
         warmup_epochs: float = 0,
         weight_decay: float = 0.0,
+        decay_identity_gamma: bool = False,
+        bias_lr_factor: float = 1.0,
+        custom_l2: bool = False,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {"lr": lr, "lr_batch": lr_batch, "batch_size": batch_size}.items():
+        positive = {"lr": lr, "lr_batch": lr_batch, "batch_size": batch_size, "bias_lr_factor": bias_lr_factor}
+        for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"recipe.{name}={value} must be positive")
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -99,6 +106,8 @@ class Classifier(pl.LightningModule):
         self.make_optimizer = optimizer
         self.lr = scaled_lr(lr, lr_batch, batch_size)
         self.warmup_epochs, self.weight_decay, self.label_smoothing = warmup_epochs, weight_decay, label_smoothing
+        self.decay_identity_gamma, self.bias_lr_factor = decay_identity_gamma, bias_lr_factor
+        self.custom_l2 = custom_l2
         self.train_scores = MetricCollection(
             {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}, compute_groups=False
         )
@@ -118,7 +127,7 @@ class Classifier(pl.LightningModule):
         self.log("train/loss_step", loss.detach(), prog_bar=True)
         # Not LearningRateMonitor: it makes a key for each parameter group, and they share one schedule.
         self.log("optim/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        return loss + 0.5 * self.weight_decay * fused_l2(self.net) if self.custom_l2 else loss
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss and top-1, over all ranks."""
@@ -144,7 +153,15 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD or what the recipe says, with the learning rate of every iteration."""
-        optimizer = self.make_optimizer(parameter_groups(self.net, self.weight_decay), lr=self.lr)
+        groups = parameter_groups(
+            self.net,
+            self.weight_decay,
+            lr=self.lr,
+            decay_identity_gamma=self.decay_identity_gamma,
+            bias_lr_factor=self.bias_lr_factor,
+            custom_l2=self.custom_l2,
+        )
+        optimizer = self.make_optimizer(groups, lr=self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         epochs = self.trainer.max_epochs or 1
         warmup = round(self.warmup_epochs * steps / epochs)
