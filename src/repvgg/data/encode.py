@@ -23,7 +23,8 @@ PAGE_BYTES = 1 << 23
 """FFCV's default. A record must lie within one page."""
 LARGEST_SIDE = 65535
 """Width and height are stored in 16 bits."""
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+Image.init()  # PIL knows the less common ones only after this
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,8 @@ def encode_chunk(source: ImageSource, indices: list[int], options: WriteOptions,
         try:
             sample = source[index]
         except Exception as error:
-            outcome: Encoded | Bad = Bad(f"sample {index}", f"{type(error).__name__}: {error}", skippable=False)
+            reason = f"cannot be read: {type(error).__name__}: {error}"
+            outcome: Encoded | Bad = Bad(f"sample {index}", reason, skippable=False)
         else:
             outcome = _wrong_label(sample, len(source.classes)) or encode(
                 sample, options, as_jpeg=options.as_jpeg(seed, index)
