@@ -6,8 +6,10 @@ import copy
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,15 @@ from repvgg.model import Block, Branch, ConvBN, ConvShape, Identity, RepVGG
 from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.networks import ABLATIONS, ID, K1, K3, randomize, tiny
 from support.training import classifier, trainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from a second one, and sums of the two ranks are added in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def made(branches: list[Any], seed: int = 0, shape: ConvShape | None = None, **options: Any) -> Block:
@@ -346,13 +357,10 @@ def test_an_average_of_the_weights_is_not_what_is_diagnosed(tmp_path: Path) -> N
 
 
 def test_a_compiled_network_has_the_same_layers(tmp_path: Path) -> None:
-    module = classifier()
-    module.net = torch.compile(module.net, backend="eager")
-    fit(tmp_path / "compiled", [Health(str(tmp_path / "compiled"))], module=module)
-    fit(tmp_path / "eager", [Health(str(tmp_path / "eager"))])
-    compiled, eager = (read_rows(tmp_path / form / "health.csv") for form in ("compiled", "eager"))
-    assert [(r["layer"], r["branch"]) for r in compiled] == [(r["layer"], r["branch"]) for r in eager]
-    assert [r["norm"] for r in compiled] == pytest.approx([r["norm"] for r in eager], rel=1e-5)
+    net = randomize(tiny())
+    compiled = torch.compile(net, backend="eager")
+    assert rows_now(compiled, 0, 0, tmp_path / "compiled.csv") == rows_now(net, 0, 0, tmp_path / "eager.csv")
+    assert any("_orig_mod" in name for name, _ in compiled.named_modules())
 
 
 def test_how_often(tmp_path: Path) -> None:
@@ -444,7 +452,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
     (out / "script.py").write_text(TWO_RANKS)
     command = [sys.executable, "script.py", str(out)]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=120, check=False)
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=out, env=one, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return out
 
