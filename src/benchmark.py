@@ -1,0 +1,69 @@
+"""Measure on the machine at hand: `python src/benchmark.py loader`. `--help` has the options."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from repvgg.files import replacing
+
+
+def loader(arguments: argparse.Namespace) -> str:
+    """Images per CPU-second of the training and validation loaders against what they are compared with."""
+    from repvgg.data import benchmark
+
+    with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
+        photos, betons = Path(scratch) / "photos", Path(scratch) / "betons"
+        if arguments.photos is None:
+            benchmark.make_photos(photos, arguments.images)
+        else:
+            benchmark.link_photos(arguments.photos, photos, arguments.images)
+        bench = benchmark.Bench(photos, betons, size=arguments.size, threads=arguments.threads)
+        parts = [
+            f"{benchmark.environment(bench)}, n = {arguments.rounds} rounds in which the lines take turns.",
+            benchmark.comparison_table(benchmark.compare(bench, arguments.rounds)),
+            f"Start-up in a fresh process, median of {arguments.rounds}:",
+            benchmark.start_up_table(bench, arguments.rounds),
+        ]
+        if arguments.trade_off:
+            parts += [
+                "Ways to store the images. Distances to PIL's crop of the original file are mean absolute differences, "
+                "in levels of 0 … 255:",
+                benchmark.trade_off_table(bench, arguments.rounds),
+            ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Run the chosen benchmark, print its Markdown, and write it to --output."""
+    parser = argparse.ArgumentParser(description="Measure on the machine at hand.")
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    command = benchmarks.add_parser("loader", help=loader.__doc__, description=loader.__doc__)
+    command.set_defaults(run=loader)
+    command.add_argument(
+        "--photos", type=Path, help="folder of class folders (default: parts of scikit-learn's two photos)"
+    )
+    command.add_argument("--images", type=int, default=1000, help="how many of them (default: 1000)")
+    command.add_argument("--rounds", type=int, default=5, help="measurements of each line (default: 5)")
+    command.add_argument("--size", type=int, default=224, help="side of the crops in pixels (default: 224)")
+    command.add_argument(
+        "--threads", type=int, default=1, help="threads or worker processes of each loader (default: 1)"
+    )
+    command.add_argument("--trade-off", action="store_true", help="also compare stored sizes and qualities")
+    command.add_argument("--output", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    for name in ("images", "rounds", "size", "threads"):
+        if getattr(arguments, name) < 1:
+            command.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    try:
+        text = arguments.run(arguments)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(text)
+    if arguments.output is not None:
+        with replacing(arguments.output) as file:
+            file.write(f"{text}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
