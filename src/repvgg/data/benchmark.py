@@ -7,6 +7,7 @@ unfair to none. CPU time, not wall time: multiply by the cores that a GPU gets. 
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,8 +124,8 @@ class PilImages(Dataset[tuple[torch.Tensor, int]]):
 
 def cpu_seconds() -> float:
     """CPU time of this process, its threads, and those children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def decode_bare(path: Path) -> int:
@@ -215,9 +216,9 @@ class Bench:
         records = read_records(path)
         differences = []
         for record, (images, labels) in enumerate(loader):
-            stored = (int(records.images[side][record]) for side in ("height", "width"))
+            height, width = (int(records.images[side][record]) for side in ("height", "width"))
             with Image.open(self.files[int(labels[0])]) as file:
-                expected = pil_crop(file.convert("RGB"), transform, *stored, record)
+                expected = pil_crop(file.convert("RGB"), transform, height, width, record)
             differences.append(np.abs(images[0].permute(1, 2, 0).numpy().astype(float) - expected).mean())
         return float(np.mean(differences))
 
@@ -337,9 +338,9 @@ def start_up_table(bench: Bench, rounds: int) -> str:
     taken: dict[str, list[dict[str, float]]] = {ops: [] for ops in OPS}
     for _, ops in track([(r, ops) for r in range(rounds) for ops in OPS], "start-ups"):
         taken[ops].append(start_up(bench.beton(ORIGINALS), bench.size, min(BATCH, len(bench.files)), ops))
-    for ops, values in taken.items():
+    for name, values in taken.items():
         cells = " | ".join(f"{median(value[part] for value in values):.2f} s" for part in ("torch", "room", "first"))
-        lines.append(f"| `ops={ops}` | {cells} |")
+        lines.append(f"| `ops={name}` | {cells} |")
     return "\n".join(lines)
 
 
