@@ -25,7 +25,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from repvgg.learn.health import COLUMNS, Health, diagnose, kinds, read_rows, stage_of, summary, write_rows
+from repvgg.learn.health import COLUMNS, Health, diagnose, kinds, layer_rows, read_rows, stage_of, summary, write_rows
 from repvgg.model import Block, Branch, ConvBN, ConvShape, Identity, RepVGG
 from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.networks import ABLATIONS, ID, K1, K3, randomize, tiny
@@ -235,8 +235,7 @@ def test_the_number_of_keys_does_not_grow_with_depth() -> None:
     counts = []
     for depth in (2, 9):
         net = RepVGG((depth,) * 4, 0.125, 0.0625, ABLATIONS["full"])
-        callback = Health("unused")
-        counts.append(len(summary(callback._diagnose(net, 0, 0))))
+        counts.append(len(summary(layer_rows(net, 0, 0, gradients={}))))
     assert counts[0] == counts[1] < 80
 
 
@@ -342,7 +341,7 @@ def state_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def rows_now(net: nn.Module, epoch: int, step: int, file: Path) -> list[dict[str, Any]]:
     """What a diagnosis of this network says, as the file rounds it."""
-    write_rows(file, Health("unused")._diagnose(net, epoch, step))
+    write_rows(file, layer_rows(net, epoch, step, gradients={}))
     return state_of(read_rows(file))
 
 

@@ -122,7 +122,7 @@ def diagnose(block: Block, dtype: torch.dtype = torch.float32) -> dict[str, dict
         variances = [m.running_var.to(dtype) for m in norms[kind] if m.running_var is not None]
         if variances:
             found[kind]["var_min"] = torch.cat(variances).min()
-    return {kind: values for kind, values in found.items() if values}
+    return {kind: values for kind, values in found.items() if values or kind != FUSED}
 
 
 def _of_a_map(part: Affine, whole: Tensor) -> dict[str, Tensor]:
@@ -147,6 +147,27 @@ def gradient_norms(net: nn.Module) -> dict[tuple[str, str], Tensor]:
         parts |= {(layer, kind): branch for kind, branch in kinds(block).items()}
     gradients = {where: [p.grad for p in part.parameters() if p.grad is not None] for where, part in parts.items()}
     return {where: get_total_norm(those) for where, those in gradients.items() if those}
+
+
+def layer_rows(net: nn.Module, epoch: int, step: int, gradients: Mapping[tuple[str, str], Tensor]) -> list[Row]:
+    """The rows of health.csv for the network as it is now; ``gradients`` as from :func:`gradient_norms`."""
+    rows: list[Row] = []
+    scalars: list[Tensor] = []
+    places: list[tuple[Row, str]] = []
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    for layer, block in _blocks(net):
+        dtype = next((p.dtype for p in block.parameters()), torch.float32)
+        for kind, values in diagnose(block, torch.promote_types(dtype, torch.float32)).items():
+            place = {"epoch": epoch, "step": step, "layer": layer, "stage": stage_of(layer), "branch": kind}
+            rows.append({**dict.fromkeys(COLUMNS), **place})
+            if (layer, kind) in gradients:
+                values["grad_norm"] = gradients[layer, kind]
+            places += [(rows[-1], quantity) for quantity in values]
+            scalars += [value.to(device) for value in values.values()]
+    # One copy from the device for all of them.
+    for (row, quantity), value in zip(places, torch.stack(scalars).tolist() if scalars else [], strict=True):
+        row[quantity] = value
+    return rows
 
 
 def stage_of(layer: str) -> str:
@@ -223,7 +244,6 @@ class Health(pl.Callback):
         self.every_n_epochs = every_n_epochs
         self.rows: list[Row] = []
         self.gradients: dict[tuple[str, str], Tensor] = {}
-        self.named_as_not_affine = False
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         due = self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -252,7 +272,9 @@ class Health(pl.Callback):
         if not self._is_due(trainer):
             return
         net: nn.Module = pl_module.net  # type: ignore[assignment]
-        rows = self._diagnose(net, trainer.current_epoch, trainer.global_step)
+        rows = layer_rows(net, trainer.current_epoch, trainer.global_step, self.gradients)
+        if not self.rows:
+            _name_what_has_no_map(rows)
         self.rows += rows
         values = summary(rows)
         total = self.gradients.get(("", "total"))
@@ -270,35 +292,18 @@ class Health(pl.Callback):
             for logger in _wandb_loggers(trainer):
                 logger.log_table("health/layers", list(COLUMNS), [[row[c] for c in COLUMNS] for row in self.rows])
 
-    def _diagnose(self, net: nn.Module, epoch: int, step: int) -> list[Row]:
-        places, scalars = [], []
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        without_map: dict[str, list[str]] = {}
-        for layer, block in _blocks(net):
-            floating = next((p.dtype for p in block.parameters()), torch.float32)
-            found = diagnose(block, torch.promote_types(floating, torch.float32))
-            for kind in kinds(block):
-                if "norm" not in found.get(kind, {}):
-                    without_map.setdefault(kind, []).append(layer)
-                gradient = self.gradients.get((layer, kind))
-                if gradient is not None:
-                    found.setdefault(kind, {})["grad_norm"] = gradient
-            for kind, values in found.items():
-                places += [(layer, kind, name) for name in values]
-                scalars += [value.to(device) for value in values.values()]
-        for kind, layers in without_map.items() if not self.named_as_not_affine else ():
-            log.warning("%s in %s is no affine map: health/share and health/norm leave it out", kind, ", ".join(layers))
-        self.named_as_not_affine = True
-        rows: dict[tuple[str, str], Row] = {}
-        # One copy from the device for all of them.
-        for (layer, kind, name), value in zip(places, torch.stack(scalars).tolist() if scalars else [], strict=True):
-            place = {"epoch": epoch, "step": step, "layer": layer, "stage": stage_of(layer), "branch": kind}
-            rows.setdefault((layer, kind), {**dict.fromkeys(COLUMNS), **place})[name] = value
-        return list(rows.values())
-
 
 def _blocks(net: nn.Module) -> list[tuple[str, Block]]:
     return [(n.replace("_orig_mod.", ""), m) for n, m in net.named_modules() if isinstance(m, Block)]
+
+
+def _name_what_has_no_map(rows: Sequence[Row]) -> None:
+    layers: dict[str, list[str]] = {}
+    for row in rows:
+        if row["norm"] is None and row["branch"] != FUSED:
+            layers.setdefault(row["branch"], []).append(row["layer"])
+    for kind, where in layers.items():
+        log.warning("%s in %s is no affine map: health/share and health/norm leave it out", kind, ", ".join(where))
 
 
 def _wandb_loggers(trainer: pl.Trainer) -> list[WandbLogger]:
