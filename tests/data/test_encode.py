@@ -1,5 +1,7 @@
 """One image to one record: what is stored as it is, what is encoded anew, what is refused."""
 
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -162,12 +164,9 @@ def test_a_source_shuffles_by_default() -> None:
 
 
 def test_workers_start_without_torch_and_ffcv() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, repvgg.data.workers; "
-    code += (
-        "from repvgg.data.encode import _imdecode; _imdecode(); print({'torch', 'ffcv', 'numba'} & set(sys.modules))"
+    code = (
+        "import sys, repvgg.data.workers; from repvgg.data.encode import _imdecode; _imdecode()\n"
+        "print({'torch', 'ffcv', 'numba'} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
