@@ -1,0 +1,265 @@
+"""`python src/evaluate.py` as a user types it, on what `python src/train.py` leaves."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repvgg.model import RepVGG, to_deploy
+from repvgg.report.offline import find_offline_runs, read_offline_run
+from support.networks import ABLATIONS
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["model=repvgg_a0", "net.width_a=0.25", "net.width_b=0.25"]
+QUICK = ["recipe=quick", "bench.warmup=1", "bench.batches=2", "bench.batch=8", "trainer.max_epochs=1", "logger=csv"]
+
+
+def python(script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"src/{script}.py", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250, stdin=subprocess.DEVNULL
+    )
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def record(directory: Path) -> dict:
+    return json.loads((directory / "result.json").read_text())
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def data(digits: Path) -> list[str]:
+    return ["data=digits", f"data.dir={digits}", "trainer=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training, in a directory named as a sweep names it."""
+    directory = tmp_path_factory.mktemp("sweep") / "0_ablation=full"
+    few = ["trainer.limit_train_batches=12", "recipe.lr=0.05", "recipe.warmup_epochs=0"]
+    python("train", *data, *SMALL, *QUICK, *few, f"hydra.run.dir='{directory}'")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's best checkpoint, of which nothing but the file is named."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    done = python(
+        "evaluate",
+        *[f"ckpt={run}/checkpoints/best.ckpt", "trainer=cpu", "logger=wandb_offline", "confusion=true"],
+        f"hydra.run.dir={directory}",
+    )
+    assert re.search(r"train form +\d+\.\d\d +\d+\.\d\d +\d\.\d{4}", done.stdout), done.stdout
+    return directory
+
+
+def official_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ours to the authors', for networks with the branches 3×3, 1×1, identity in this order."""
+    words = {
+        "branches.0": "rbr_dense",
+        "branches.1": "rbr_1x1",
+        "branches.2.bn": "rbr_identity",
+        ".conv.": ".rbr_reparam.",
+        "head": "linear",
+        "stem": "stage0",
+    }
+    out = {}
+    for key, tensor in state.items():
+        key = key.removeprefix("net.")
+        for ours, theirs in words.items():
+            if not (ours == ".conv." and "rbr" in key):
+                key = key.replace(ours, theirs)
+        out[re.sub(r"stages\.(\d)", lambda m: f"stage{int(m[1]) + 1}", key)] = tensor
+    return out
+
+
+@pytest.fixture(scope="module")
+def official(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights as the authors would have written them, in both forms."""
+    directory = tmp_path_factory.mktemp("official")
+    state = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    net = RepVGG((2, 4, 14, 1), 0.25, 0.25, ABLATIONS["full"], num_classes=10)
+    net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in state.items()})
+    files = {"train": directory / "train.pth", "deploy": directory / "deploy.pth"}
+    torch.save(official_names(state), files["train"])
+    torch.save({"state_dict": official_names(to_deploy(net).state_dict())}, files["deploy"])
+    return files
+
+
+def test_equals_the_runs_own_test_of_its_best_checkpoint(run: Path, evaluated: Path) -> None:
+    trained, result = record(run)["metrics"], record(evaluated)
+    for name in ("top1", "top5", "deploy/top1", "deploy/top5"):
+        assert result["metrics"][f"eval/{name}"] == trained[f"test/{name}"], name
+    for name in ("loss", "deploy/loss"):  # summed in batches of another size
+        assert result["metrics"][f"eval/{name}"] == pytest.approx(trained[f"test/{name}"], rel=1e-5)
+    assert result["status"] == "finished"
+    assert result["objective"] == trained["test/deploy/top1"]
+    assert result["metrics"]["params/deploy"] == trained["params/deploy"]
+    config = result["config"]
+    assert {group: config["choices"][group] for group in ("model", "ablation", "data")} == {
+        "model": "repvgg_a0",
+        "ablation": "full",
+        "data": "digits",
+    }
+    assert config["net"]["width_a"] == 0.25
+    assert config["weights"] == {"naming": "ours", "form": "train"}
+    assert not {"recipe", "bench", "callbacks"} & config.keys()
+
+
+def test_the_tables_add_up(evaluated: Path) -> None:
+    metrics = record(evaluated)["metrics"]
+    classes = table(evaluated / "per_class.csv")
+    assert [row["name"] for row in classes] == [str(digit) for digit in range(10)]
+    images = [int(row["images"]) for row in classes]
+    assert sum(images) == metrics["eval/images"] == 360
+    for form, key in (("train_form", "eval/top1"), ("deploy", "eval/deploy/top1")):
+        right = [float(row[f"top1_{form}"]) * n for row, n in zip(classes, images, strict=True)]
+        assert sum(right) == pytest.approx(360 * metrics[key], abs=1e-3)
+        matrix = [list(map(int, list(row.values())[1:])) for row in table(evaluated / f"confusion_{form}.csv")]
+        assert [sum(row) for row in matrix] == images
+        assert [matrix[i][i] for i in range(10)] == pytest.approx(right)
+    outcomes = {row["outcome"]: int(row["images"]) for row in table(evaluated / "forms.csv")}
+    assert outcomes["both right"] + outcomes["only the train form right"] == round(360 * metrics["eval/top1"])
+    assert sum(outcomes.values()) - outcomes["different answers"] == 360
+
+
+def test_wandb_has_the_same(evaluated: Path) -> None:
+    (path,) = find_offline_runs(evaluated)
+    offline = read_offline_run(path)
+    assert offline.finished
+    assert offline.job_type == "eval"
+    assert offline.name == "A0-full-digits-eval"
+    metrics = record(evaluated)["metrics"]
+    assert {key: offline.summary[key] for key in metrics} == metrics
+    assert offline.summary["eval/per_class"]["nrows"] == 10
+    assert {"eval/top1", "eval/deploy/top1", "reparam/rel_l2_diff"} <= set(offline.history.columns)
+
+
+def test_the_authors_names_give_the_same_numbers(
+    official: dict[str, Path], evaluated: Path, data: list[str], tmp_path: Path
+) -> None:
+    python("evaluate", f"ckpt={official['train']}", *data, *SMALL, f"hydra.run.dir={tmp_path}")
+    ours, theirs = record(evaluated)["metrics"], record(tmp_path)
+    assert theirs["metrics"] == ours
+    assert theirs["config"]["weights"] == {"naming": "official", "form": "train"}
+    assert (tmp_path / "per_class.csv").read_text() == (evaluated / "per_class.csv").read_text()
+
+
+def test_a_deployed_file_at_another_resolution(official: dict[str, Path], data: list[str], tmp_path: Path) -> None:
+    small = ["resolution=24", "resize=28", "trainer.precision=bf16-mixed", f"hydra.run.dir={tmp_path}"]
+    done = python("evaluate", f"ckpt={official['deploy']}", *data, *SMALL, *small)
+    result = record(tmp_path)
+    assert result["config"]["data"]["val_transform"]["size"] == 24
+    assert result["config"]["data"]["val_transform"]["ratio"] == pytest.approx(24 / 28)
+    assert "360 images at 24 px, bf16-mixed" in done.stdout
+    assert "eval/deploy/top1" in result["metrics"]
+    assert not {"eval/top1", "reparam/rel_l2_diff"} & result["metrics"].keys()
+    assert not (tmp_path / "forms.csv").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_to_the_same(run: Path, evaluated: Path, tmp_path: Path) -> None:
+    python(
+        "evaluate",
+        *[f"ckpt={run}/checkpoints/best.ckpt", "trainer=cpu", "trainer.devices=2", "batch_size=50"],
+        f"hydra.run.dir={tmp_path}",
+    )
+    one, two = record(evaluated)["metrics"], record(tmp_path)["metrics"]
+    for key in ("eval/images", "eval/top1", "eval/top5", "eval/deploy/top1", "eval/forms/both_right"):
+        assert one[key] == two[key], key
+    assert (tmp_path / "per_class.csv").read_text() == (evaluated / "per_class.csv").read_text()
+
+
+def test_a_training_begins_with_the_weights_of_a_file(
+    official: dict[str, Path], data: list[str], tmp_path: Path
+) -> None:
+    """After one step of almost no length the kernels are still the file's."""
+    step = ["trainer.limit_train_batches=1", "recipe.lr=1.0e-9", f"hydra.run.dir={tmp_path}"]
+    done = python("train", f"init_from={official['train']}", *data, *SMALL, *QUICK, *step)
+    assert "its classifier of 10 classes too" in done.stdout + done.stderr
+    begun = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    given = torch.load(official["train"], weights_only=True)
+    for ours, theirs in {
+        "net.stem.branches.1.conv.weight": "stage0.rbr_1x1.conv.weight",
+        "net.stages.2.13.branches.2.bn.weight": "stage3.13.rbr_identity.weight",
+        "net.head.weight": "linear.weight",
+    }.items():
+        torch.testing.assert_close(begun[ours], given[theirs], rtol=1e-5, atol=1e-6)
+    assert record(tmp_path)["config"]["init_from"] == str(official["train"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "says"),
+    [
+        ("evaluate", [], ["ckpt=PATH is missing", "RUN/checkpoints/best.ckpt"]),
+        ("evaluate", ["ckpt=/none.pth"], ["/none.pth: there is no such file"]),
+        ("evaluate", ["ckpt={train}", "forms=deply"], ["forms=deply", "both, train or deploy"]),
+        ("evaluate", ["ckpt={train}", "recipe.lr=1"], ["recipe.lr=1", "does not read recipe"]),
+        ("evaluate", ["ckpt={train}", "resolution=64", "resize=32"], ["resize=32", "resolution="]),
+        ("evaluate", ["ckpt={train}", "data.dir=/none"], ["val: /none/val.beton", "python src/write_dataset.py"]),
+        ("evaluate", ["ckp={train}"], ["Did you mean ckpt?"]),
+        ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
+        ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
+        ("train", ["init_from={deploy}", "DATA", "SMALL", "QUICK"], ["deploy form", "forms=deploy"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) and "=" in "".join(value) else None,
+)
+def test_a_wrong_input_gets_one_clear_error(
+    script: str, arguments: list[str], says: list[str], official: dict[str, Path], data: list[str], tmp_path: Path
+) -> None:
+    typed = []
+    for argument in arguments:
+        more = {"DATA": data, "SMALL": SMALL, "QUICK": QUICK}.get(argument)
+        typed += more if more else [argument.format(**official)]
+    done = python(script, *typed, f"hydra.run.dir={tmp_path / 'run'}", check=False)
+    assert done.returncode in (1, 2)
+    for words in says:
+        assert words in done.stderr, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_error_of_another_variant_names_the_right_one(data: list[str], tmp_path: Path) -> None:
+    with torch.device("meta"):
+        net = RepVGG((2, 4, 14, 1), 1, 2.5, ABLATIONS["id"])
+    small = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in net.state_dict().items()}
+    torch.save(small, tmp_path / "a1_id.pth")
+    done = python("evaluate", f"ckpt={tmp_path}/a1_id.pth", *data, "model=repvgg_a0", check=False)
+    assert done.returncode == 2
+    assert "This file fits model=repvgg_a1 ablation=id" in done.stderr
+
+
+@pytest.mark.slow
+def test_several_files_are_compared(
+    official: dict[str, Path], evaluated: Path, data: list[str], tmp_path: Path
+) -> None:
+    files = f"ckpt={official['train']},{official['deploy']}"
+    python("evaluate", "-m", files, *data, *SMALL, f"hydra.sweep.dir={tmp_path}")
+    rows = table(tmp_path / "summary.csv")
+    top1 = 100 * record(evaluated)["metrics"]["eval/deploy/top1"]
+    assert [float(row["top-1 deploy [%]"]) for row in rows] == pytest.approx([top1, top1])
+
+
+def test_help_is_worth_reading_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['src/evaluate.py', '--help']; sys.path.insert(0, 'src')\n"
+        "try: runpy.run_path('src/evaluate.py', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'ffcv', 'pandas', 'matplotlib', 'numba'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for words in ("python src/evaluate.py ckpt=", "model=repvgg_b1", "forms=both|train|deploy", "resolution=320"):
+        assert words in done.stdout
