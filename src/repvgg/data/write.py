@@ -94,7 +94,7 @@ def _write(
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if len(source) >= WORTH_WORKERS else 0
     request = {"source": source.description, "source_sha256": fingerprint} | settings
-    request |= {"revision": REVISION, "pillow": version("pillow"), "numpy": version("numpy")}
+    request |= {"revision": REVISION} | {name: _versions()[name] for name in ("libjpeg_turbo", "numpy", "pillow")}
     with PartialBeton(path, request, len(source), keep_skipped=on_bad == "skip") as partial:
         _require_space(source, partial.path)
         try:
