@@ -383,17 +383,15 @@ def test_a_resumed_run_continues_its_file(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     def keep() -> list[pl.Callback]:
-        return [
-            Health(str(tmp_path)),
-            ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False),
-        ]
+        return [Health(str(tmp_path)), ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)]
 
     options = {"max_epochs": 4, "enable_checkpointing": True}
     fit(tmp_path / "whole", [Health(str(tmp_path / "whole"))], max_epochs=4)
     with pytest.raises(SystemExit):
         fit(tmp_path, [*keep(), Stop()], **options)
     assert {row["epoch"] for row in read_rows(tmp_path / "health.csv")} == {0, 1}
-    fit(tmp_path, keep(), ckpt_path=str(tmp_path / "last.ckpt"), **options)
+    # From the first epoch's checkpoint: the second epoch is trained, and written, again.
+    fit(tmp_path, keep(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), **options)
     assert (tmp_path / "health.csv").read_bytes() == (tmp_path / "whole" / "health.csv").read_bytes()
     fit(tmp_path, keep(), **{**options, "max_epochs": 1})  # a new run in the same directory starts anew
     assert {row["epoch"] for row in read_rows(tmp_path / "health.csv")} == {0}
