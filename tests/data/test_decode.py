@@ -4,6 +4,7 @@ import io
 from functools import cache
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "4:4:4": {"subsampling": 0},
     "progressive": {"progressive": True},
     "gray": {},
+    "4:1:1": {"sampling": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_411},
+    "4:4:0": {"sampling": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_440},
 }
 HEIGHT, WIDTH = 229, 301  # odd: the last MCUs are incomplete
 
@@ -26,9 +29,14 @@ HEIGHT, WIDTH = 229, 301  # odd: the last MCUs are incomplete
 @cache
 def stored(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """A photograph's JPEG bytes, and what PIL decodes from them."""
-    image = Image.fromarray(load_sample_image("flower.jpg")[60 : 60 + HEIGHT, 200 : 200 + WIDTH])
+    pixels = load_sample_image("flower.jpg")[60 : 60 + HEIGHT, 200 : 200 + WIDTH]
     file = io.BytesIO()
-    image.convert("L" if kind == "gray" else "RGB").save(file, "JPEG", quality=92, **KINDS[kind])
+    if "sampling" in KINDS[kind]:  # PIL knows the three common ones
+        flags = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, KINDS[kind]["sampling"]]
+        file.write(cv2.imencode(".jpg", pixels[:, :, ::-1], flags)[1].tobytes())
+    else:
+        image = Image.fromarray(pixels).convert("L" if kind == "gray" else "RGB")
+        image.save(file, "JPEG", quality=92, **KINDS[kind])
     return np.frombuffer(file.getvalue(), np.uint8), np.asarray(Image.open(file).convert("RGB"))
 
 
