@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 
-from repvgg.model import RepVGG, to_deploy
+from repvgg.cli import fitting_choices, overrides_of_run, quote_paths
+from repvgg.model import RepVGG, load_weights, read_weights, to_deploy
 from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.networks import ABLATIONS
 
@@ -46,8 +48,7 @@ def data(digits: Path) -> list[str]:
 def run(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short training, in a directory named as a sweep names it."""
     directory = tmp_path_factory.mktemp("sweep") / "0_ablation=full"
-    few = ["trainer.limit_train_batches=12", "recipe.lr=0.05", "recipe.warmup_epochs=0"]
-    python("train", *data, *SMALL, *QUICK, *few, f"hydra.run.dir='{directory}'")
+    python("train", *data, *SMALL, *QUICK, f"hydra.run.dir='{directory}'")
     return directory
 
 
@@ -60,7 +61,7 @@ def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *[f"ckpt={run}/checkpoints/best.ckpt", "trainer=cpu", "logger=wandb_offline", "confusion=true"],
         f"hydra.run.dir={directory}",
     )
-    assert re.search(r"train form +\d+\.\d\d +\d+\.\d\d +\d\.\d{4}", done.stdout), done.stdout
+    assert re.search(r"train form +\d+\.\d\d +\d+\.\d\d +\d+\.\d{4}", done.stdout), done.stdout
     return directory
 
 
@@ -211,17 +212,13 @@ def test_a_training_begins_with_the_weights_of_a_file(
         ("evaluate", ["ckp={train}"], ["Did you mean ckpt?"]),
         ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
         ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
-        ("train", ["init_from={deploy}", "DATA", "SMALL", "QUICK"], ["deploy form", "forms=deploy"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) and "=" in "".join(value) else None,
 )
 def test_a_wrong_input_gets_one_clear_error(
-    script: str, arguments: list[str], says: list[str], official: dict[str, Path], data: list[str], tmp_path: Path
+    script: str, arguments: list[str], says: list[str], official: dict[str, Path], tmp_path: Path
 ) -> None:
-    typed = []
-    for argument in arguments:
-        more = {"DATA": data, "SMALL": SMALL, "QUICK": QUICK}.get(argument)
-        typed += more if more else [argument.format(**official)]
+    typed = [argument.format(**official) for argument in arguments]
     done = python(script, *typed, f"hydra.run.dir={tmp_path / 'run'}", check=False)
     assert done.returncode in (1, 2)
     for words in says:
@@ -230,14 +227,47 @@ def test_a_wrong_input_gets_one_clear_error(
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_the_error_of_another_variant_names_the_right_one(data: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ablation", ["id", "full"])
+def test_the_error_of_another_variant_names_the_right_one(
+    ablation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROJECT_ROOT", str(ROOT))
     with torch.device("meta"):
-        net = RepVGG((2, 4, 14, 1), 1, 2.5, ABLATIONS["id"])
-    small = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in net.state_dict().items()}
-    torch.save(small, tmp_path / "a1_id.pth")
-    done = python("evaluate", f"ckpt={tmp_path}/a1_id.pth", *data, "model=repvgg_a0", check=False)
-    assert done.returncode == 2
-    assert "This file fits model=repvgg_a1 ablation=id" in done.stderr
+        net, other = (RepVGG(depths, 1, 2.5, ABLATIONS[ablation]) for depths in ((2, 4, 14, 1), (4, 6, 16, 1)))
+    for form in (net, to_deploy(net)):
+        small = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in form.state_dict().items()}
+        torch.save(small, tmp_path / "a1.pth")
+        weights = read_weights(tmp_path / "a1.pth")
+        model = other if form is net else to_deploy(other)
+        with (
+            initialize_config_dir(str(ROOT / "conf"), version_base="1.3"),
+            pytest.raises(ValueError, match=r"both are one network\. This file fits (.*)") as caught,
+            fitting_choices(weights, "full"),
+        ):
+            load_weights(model, weights)
+        named = str(caught.value).partition("This file fits ")[2]
+        assert named == ("model=repvgg_a1 ablation=id" if form is net and ablation == "id" else "model=repvgg_a1")
+
+
+def test_what_is_typed_comes_before_what_the_run_says(run: Path) -> None:
+    best = run / "checkpoints" / "best.ckpt"
+    of_run = overrides_of_run(best, [])
+    assert of_run[:4] == ["model=repvgg_a0", "ablation=full", "data=digits", "recipe=quick"]
+    assert {"net.width_a=0.25", "net.width_b=0.25"} < set(of_run)
+    assert not any(override.startswith(("trainer", "hydra", "bench")) for override in of_run)
+    typed = overrides_of_run(best, ["data=imagenet", "net.width_a=0.5"])
+    assert "net.width_b=0.25" in typed
+    assert not any(override.startswith(("data", "net.width_a")) for override in typed)
+    assert not any(o.startswith(("model", "net.")) for o in overrides_of_run(best, ["model=repvgg_b0"]))
+    assert overrides_of_run(run.parent / "weights.pth", []) == []
+
+
+def test_paths_of_sweeps_need_no_quotes(run: Path) -> None:
+    best = f"{run}/checkpoints/best.ckpt"
+    assert "=" in best
+    assert quote_paths([f"ckpt={best}", "seed=1", f"x={best}"], ["ckpt"]) == [f"ckpt='{best}'", "seed=1", f"x={best}"]
+    for unchanged in (f"ckpt='{best}'", "ckpt=a=b", f"ckpt={best},{best}", "-m"):
+        assert quote_paths([unchanged], ["ckpt"]) == [unchanged]
 
 
 @pytest.mark.slow
