@@ -106,7 +106,7 @@ def print_evaluation(title: str, metrics: Mapping[str, float], classes: list[lis
     from rich.text import Text
 
     table = rich_table.Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("form")
+    table.add_column("form", no_wrap=True)
     for name in ("top-1 [%]", "top-5 [%]", "loss"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for form, words in FORMS.items():
@@ -124,6 +124,6 @@ def print_evaluation(title: str, metrics: Mapping[str, float], classes: list[lis
         ]
     known = [row for row in classes if row[-1] is not None]
     hardest = sorted(known, key=lambda row: float(row[-1] or 0))[:5]
-    lines.append(f"lowest top-1: {', '.join(f'{row[1]} {100 * float(row[-1] or 0):.1f} %' for row in hardest)}")
+    lines.append(f"lowest top-1 [%]: {', '.join(f'{row[1]} ({100 * float(row[-1] or 0):.1f})' for row in hardest)}")
     for line in (title, table, *lines):
         console.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
