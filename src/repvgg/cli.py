@@ -135,7 +135,8 @@ REPEATING = ("module", "datamodule", "callbacks", "logger")
 # --- checkpoint files -----------------------------------------------------------------------------------------------
 
 #: What a checkpoint's run says of its network and data: the groups, and the nodes whose values may have been set.
-OF_THE_NETWORK = {"model": "net", "ablation": "block", "data": "data", "recipe": None}
+#: (Not the recipe, which may also set precision and compilation.)
+OF_THE_NETWORK = {"model": "net", "ablation": "block", "data": "data"}
 
 
 def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -165,7 +166,7 @@ def overrides_of_run(checkpoint: str | Path, typed: Sequence[str]) -> list[str]:
     keys = {_key(override) for override in typed}
     groups = {group: node for group, node in OF_THE_NETWORK.items() if group not in keys}
     overrides = [f"{group}={hydra.runtime.choices[group]}" for group in groups if group in hydra.runtime.choices]
-    nodes = tuple(f"{node}." for node in groups.values() if node)
+    nodes = tuple(f"{node}." for node in groups.values())
     return overrides + [o for o in hydra.overrides.task if _key(o).startswith(nodes) and _key(o) not in keys]
 
 
