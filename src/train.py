@@ -76,7 +76,7 @@ def main(cfg: DictConfig) -> float | None:
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=list(instantiate(cfg.logger).values()),
-            callbacks=list(instantiate(cfg.callbacks).values()),
+            callbacks=[callback for callback in instantiate(cfg.callbacks).values() if callback is not None],
             plugins=[AtomicCheckpointIO()],
         )
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)

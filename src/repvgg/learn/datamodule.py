@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from repvgg.data.loader import Batch, SafeLoader, make_loader
 from repvgg.data.manifest import number_of_classes
+from repvgg.learn.augment import RandAugment, batch_generator, mixup
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -21,9 +23,11 @@ class ImageDataModule(pl.LightningDataModule):
         train_file, val_file: written by ``src/write_dataset.py`` or by ``prepare``.
         num_classes: must be the number in the files' manifests.
         train_transform, val_transform: crops of :mod:`repvgg.data.transforms`.
+        rand_augment: of the training images, before they are normalised.
+        mixup: α of :func:`repvgg.learn.augment.mixup`; 0 for none.
         mean, std: per channel, in units of the uint8 image (0 to 255).
         batch_size: images per batch of one device.
-        seed: of order, crops and flips.
+        seed: of order, crops, flips and augmentation.
         channels_last: memory format of the batches.
         prepare: writes the files where they are made at run time; called once per machine.
         ops: "fused", or "stock" for FFCV's own operations.
@@ -32,7 +36,11 @@ class ImageDataModule(pl.LightningDataModule):
         os_cache: keep the file in the page cache (more than the file's size of memory), or read it as it goes.
 
     Batches:
-        images N × 3 × H × W in the network's dtype, normalised; labels N, int64.
+        images N × 3 × H × W in the network's dtype, normalised; labels N, int64, or with mixup, while training, shares
+        N × num_classes.
+
+    Raises:
+        ValueError: a negative ``mixup``.
     """
 
     def __init__(
@@ -53,16 +61,22 @@ class ImageDataModule(pl.LightningDataModule):
         num_threads: int | None = None,
         batches_ahead: int = 3,
         os_cache: bool = True,
+        rand_augment: RandAugment | None = None,
+        mixup: float = 0.0,
     ) -> None:
         super().__init__()
+        if mixup < 0:
+            raise ValueError(f"recipe.mixup={mixup} is the α of a Beta distribution: positive, or 0 for no mixup")
         self.files = {"train": Path(train_file), "val": Path(val_file)}
         self.transforms = {"train": train_transform, "val": val_transform}
         self.num_classes = num_classes
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+        self.fill = list(mean)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
         self.batch_size, self.seed, self.channels_last, self.prepare = batch_size, seed, channels_last, prepare
         self.loader_options: dict[str, Any] = {"ops": ops, "batches_ahead": batches_ahead, "os_cache": os_cache}
         self.num_threads = num_threads
+        self.rand_augment, self.mixup = rand_augment, mixup
         self._loaders: dict[str, SafeLoader] = {}
 
     def prepare_data(self) -> None:
@@ -85,6 +99,16 @@ class ImageDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> SafeLoader:
         """The validation images: ImageNet's labelled test set is its validation set."""
         return self._loader("val")
+
+    def set_train_size(self, size: int) -> None:
+        """Training images of ``size`` pixels from the next epoch on; nothing is loaded or compiled again for it.
+
+        Raises:
+            ValueError: ops="stock", which cannot.
+        """
+        self.transforms["train"] = replace(self.transforms["train"], size=size)
+        if "train" in self._loaders:
+            self._loaders["train"].set_size(size)
 
     def _loader(self, split: str) -> SafeLoader:
         if split not in self._loaders:  # one loader per run: each new one leaves some memory behind
@@ -110,13 +134,26 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loaders[split]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """uint8 to normalised numbers of the network's dtype, on the device: a quarter of float32's bytes go there."""
+        """uint8 to normalised numbers of the network's dtype, on the device: a quarter of float32's bytes go there.
+
+        Training batches are augmented before that; validation, test and sanity check see the images as they are.
+        """
         images, labels = batch
-        assert self.trainer is not None
-        dtype = next(self.trainer.lightning_module.parameters()).dtype  # not float32 with precision=64-true, bf16-true
+        trainer = self.trainer
+        assert trainer is not None
+        dtype = next(trainer.lightning_module.parameters()).dtype  # not float32 with precision=64-true, bf16-true
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        rng = None
+        if trainer.training and (self.rand_augment is not None or self.mixup):
+            number = trainer.fit_loop.epoch_loop.batch_idx + 1  # counted up after the transfer
+            rng = batch_generator(self.seed, trainer.global_rank, trainer.current_epoch, number)
+        if rng is not None and self.rand_augment is not None:
+            images = self.rand_augment(images, rng, fill=self.fill)
         # A copy, too: the loader's tensor is a ring buffer's slot that the next batch may overwrite.
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        normalised = images.to(torch.float32, memory_format=memory_format, copy=True).sub_(self.mean).div_(self.std)
-        return normalised.to(dtype), labels.clone()
+        images = images.to(torch.float32, memory_format=memory_format, copy=True)
+        labels = labels.clone()
+        if rng is not None and self.mixup:
+            images, labels = mixup(images, labels, self.num_classes, self.mixup, rng)
+        return images.sub_(self.mean).div_(self.std).to(dtype), labels

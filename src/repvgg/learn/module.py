@@ -72,7 +72,8 @@ class Classifier(pl.LightningModule):
             :func:`repvgg.learn.optim.fused_l2`. ``train/loss`` stays the cross-entropy alone.
         label_smoothing: of the training loss only.
         channels_last: memory format of the network.
-        compile: torch.compile ``net`` in place, which keeps the names of its parameters.
+        compile: torch.compile ``net`` in place, which keeps the names of its parameters; once for every size of a
+            batch that occurs.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class Classifier(pl.LightningModule):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net: nn.Module = net.to(memory_format=memory_format)  # type: ignore[call-overload]
         if compile:
-            self.net.compile()
+            # One graph per image size, each as fast as it can be. By default a second size would compile a general one.
+            self.net.compile(dynamic=False)
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.lr = scaled_lr(lr, lr_batch, batch_size)
@@ -118,10 +120,17 @@ class Classifier(pl.LightningModule):
         return self.net(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        images, labels = batch
+        """The loss of one batch; its labels may be shares of the classes, N × num_classes (mixup).
+
+        ``train/top1`` counts such an image as right when the prediction is the class with the largest share.
+        """
+        images, targets = batch
         logits = self.net(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        soft = targets.is_floating_point()
+        # Shares keep their precision where logits are bfloat16.
+        scores = logits.to(torch.promote_types(logits.dtype, targets.dtype)) if soft else logits
+        loss = F.cross_entropy(scores, targets, label_smoothing=self.label_smoothing)
+        labels = targets.argmax(1) if soft else targets
         self.train_scores["loss"].update(loss.detach(), len(labels))
         self.train_scores["top1"].update(logits.detach(), labels)
         self.log("train/loss_step", loss.detach(), prog_bar=True)
