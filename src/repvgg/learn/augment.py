@@ -53,7 +53,7 @@ def auto_contrast(images: Tensor, _: Tensor, fill: Tensor) -> Tensor:
     """Stretch every channel to 0 … 255; as PIL's ImageOps.autocontrast."""
     values = torch.arange(256, device=images.device, dtype=torch.float64)
     low, high = images.amin((2, 3)).double()[..., None], images.amax((2, 3)).double()[..., None]
-    scale = 255 / (high - low).clamp_min(1)
+    scale = torch.full_like(low, 255) / (high - low).clamp_min(1)  # 255 / tensor would be 255 times a reciprocal
     stretched = (values * scale + -low * scale).clamp(0, 255)  # in PIL's order of operations
     return _looked_up(torch.where(high > low, stretched, values), images)
 

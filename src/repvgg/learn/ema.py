@@ -50,18 +50,14 @@ class EMA(WeightAveraging):
         decay = min(self.decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what could not work, then copy the network."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move the average: Lightning copies the network before it has its device, and would average on the CPU."""
         dtype = next(pl_module.parameters()).dtype
-        if stage == "fit" and torch.finfo(dtype).bits < 32:
+        if torch.finfo(dtype).bits < 32:
             raise ValueError(
                 f"an average of {str(dtype).removeprefix('torch.')} weights stands still: 1 − decay is less than their "
                 "rounding. Take trainer.precision=bf16-mixed, or callbacks.ema=null"
             )
-        super().setup(trainer, pl_module, stage)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning copies the network before it moves it to the device, and would average on the CPU."""
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
 
