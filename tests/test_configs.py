@@ -37,7 +37,7 @@ def test_the_promised_choices_are_there() -> None:
     assert set(options("model")) == {f"repvgg_{name}" for name in VARIANTS}
     assert set(options("ablation")) >= set(ABLATION_TRAIN_PARAMS)
     assert {"imagenet", "digits", "folder"} <= set(options("data"))
-    assert {"paper_120", "quick"} <= set(options("recipe"))
+    assert {"paper_120", "paper_200", "fast", "finetune", "quick"} <= set(options("recipe"))
     assert {"default", "cpu", "ddp"} <= set(options("trainer"))
     assert {"wandb", "wandb_offline", "csv"} <= set(options("logger"))
 
@@ -106,6 +106,32 @@ def test_every_logger_builds(logger: str, tmp_path: Path) -> None:
 def test_every_recipe_makes_its_optimiser(recipe: str) -> None:
     make = instantiate(config(f"recipe={recipe}").recipe.optimizer)
     assert isinstance(make([torch.nn.Parameter(torch.zeros(1))], lr=0.1), torch.optim.Optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch.compile's
+@pytest.mark.parametrize("recipe", options("recipe"))
+def test_every_recipe_builds_its_module_data_and_callbacks(recipe: str) -> None:
+    cfg = config(f"recipe={recipe}")
+    with torch.device("meta"):
+        module = instantiate(cfg.module)
+    assert isinstance(module, pl.LightningModule)
+    assert isinstance(instantiate(cfg.datamodule, batch_size=8), pl.LightningDataModule)
+    callbacks = instantiate(cfg.callbacks)
+    assert list(callbacks)[:2] == ["ema", "resize"]  # averaged weights are swapped in before the others look
+    assert all(c is None or isinstance(c, pl.Callback) for c in callbacks.values())
+
+
+def test_recipes_keep_to_their_sources() -> None:
+    old = config("recipe=paper_200")
+    assert (old.recipe.epochs, old.recipe.warmup_epochs, old.recipe.label_smoothing) == (200, 5, 0.1)
+    assert (old.recipe.mixup, old.recipe.batch_size, old.recipe.lr, old.recipe.weight_decay) == (0.2, 256, 0.1, 1e-4)
+    policy = instantiate(old.recipe.rand_augment)
+    assert (policy.operations, policy.magnitude, policy.std, policy.probability) == (2, 7, 0.5, 0.5)
+    fast = config("recipe=fast")
+    assert (fast.compile, fast.trainer.precision, fast.trainer.max_epochs) == (True, "bf16-mixed", 32)
+    for recipe in options("recipe"):  # what the authors' older script had is never a default
+        node = config(f"recipe={recipe}").recipe
+        assert (node.decay_identity_gamma, node.bias_lr_factor, node.custom_l2) == (False, 1, False), recipe
 
 
 def test_callbacks_build() -> None:

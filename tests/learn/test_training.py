@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from repvgg.cli import ROOT, prepare_environment
 from repvgg.learn.checkpoint import AtomicCheckpointIO
 from repvgg.learn.devices import require_devices, set_tf32
 from repvgg.learn.perf import PerfMonitor
@@ -115,6 +118,42 @@ def test_tf32_is_off_unless_asked_for() -> None:
         set_tf32(allowed)
         assert torch.backends.cudnn.allow_tf32 is allowed
         assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (ROOT / "conf" / "recipe").glob("*.yaml")))
+def test_every_recipe_trains(recipe: str, digits: Path, tmp_path: Path) -> None:
+    """Two short epochs of what `train.py` builds of it, on a small network; digits cannot be resized."""
+    prepare_environment()
+    small = ["net.depths=[1,1,1,1]", "net.width_a=0.125", "net.width_b=0.0625", "data.stem_stride=1", "compile=false"]
+    scale = ["recipe.batch_size=64", "trainer.max_epochs=2", "recipe.warmup_epochs=0.5", "callbacks.resize=null"]
+    short = ["trainer.limit_train_batches=4", "trainer.limit_val_batches=2", "bench.every_n_epochs=0"]
+    data = ["data=digits", f"data.dir={digits}", "data.prepare=null"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(
+            "train", [f"recipe={recipe}", "trainer=cpu", f"output_dir={tmp_path}", *data, *small, *scale, *short]
+        )
+    torch.manual_seed(0)
+    module = instantiate(cfg.module)
+    begin = state_of(module)
+    run: pl.Trainer = instantiate(
+        cfg.trainer,
+        logger=False,
+        callbacks=[made for made in instantiate(cfg.callbacks).values() if made is not None],
+        enable_progress_bar=False,
+        plugins=[AtomicCheckpointIO()],
+    )
+    run.fit(module, datamodule=instantiate(cfg.datamodule, batch_size=64))
+    assert run.global_step == 8
+    assert torch.isfinite(run.callback_metrics["train/loss"])
+    assert any(not torch.equal(v, begin[k]) for k, v in state_of(module).items())
+    assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
+    averaged = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True).keys() >= {"averaging_state"}
+    assert averaged is (recipe == "fast")
+    assert run.precision == ("bf16-mixed" if recipe == "fast" else "32-true")
+
+
+def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
 
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")

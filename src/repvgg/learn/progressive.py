@@ -12,7 +12,10 @@ class ProgressiveResize(pl.Callback):
 
     Linear between two points of the training and constant outside, rounded to ``multiple`` (ffcv-imagenet's
     ``get_resolution``). The size is a function of the epoch alone, so a resumed run continues with the right one.
-    With ``compile=true`` every size is compiled when it first occurs, and never again. Logs ``perf/train_px``.
+    Logs ``perf/train_px``.
+
+    With ``compile=true`` every size is compiled when it first occurs, and never again; from the ninth on (validation's
+    counted too, ``torch._dynamo.config.recompile_limit``) torch would run eagerly.
 
     Args:
         start, end: pixels.
