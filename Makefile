@@ -3,6 +3,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3.11
 RUN := $(VENV)/bin/python
+# One test process per core, four at most: each needs about 1 GB.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What ffcv's build and the JPEG decoders need from the system.
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config build-essential python3-dev python3-venv
 
@@ -18,10 +20,10 @@ demo: setup
 	$(RUN) src/train.py -m ablation=plain,id,1x1,full data=digits model=repvgg_a0 trainer=cpu recipe=quick logger=wandb_offline
 
 test: setup
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 # Real processes started by tests find the package and the tests' own helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
 os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: two threads each would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
