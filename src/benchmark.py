@@ -4,8 +4,34 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
 from repvgg.files import replacing
+
+if TYPE_CHECKING:
+    from repvgg.data.benchmark import Rate
+
+
+def draw(rates: "list[Rate]", path: Path) -> None:
+    """Bars of images per CPU-second, a panel for each split."""
+    from repvgg.report.bars import Bar, write_bars
+
+    names = {"fused": "this repository", "stock": "FFCV's own", "bare": "bare decoding"}
+    panels = {}
+    for split, title in (("train", "Training crops"), ("val", "Validation crops")):
+        shown = [rate for rate in rates if rate.split in ("", split) and rate.what != "pil float32"]
+        panels[title] = [
+            Bar(
+                f"{names[rate.what]}, {rate.storage}" if rate.what in names else "DataLoader + PIL, files",
+                median(rate.rounds),
+                min(rate.rounds),
+                max(rate.rounds),
+                ours=rate.what == "fused",
+            )
+            for rate in shown
+        ]
+    write_bars(panels, "images per CPU-second", path)
 
 
 def loader(arguments: argparse.Namespace) -> str:
@@ -19,9 +45,12 @@ def loader(arguments: argparse.Namespace) -> str:
         else:
             benchmark.link_photos(arguments.photos, photos, arguments.images)
         bench = benchmark.Bench(photos, betons, size=arguments.size, threads=arguments.threads)
+        rates = benchmark.compare(bench, arguments.rounds)
+        if arguments.output is not None:
+            draw(rates, arguments.output.with_suffix(".png"))
         parts = [
             f"{benchmark.environment(bench)}, n = {arguments.rounds} rounds in which the lines take turns.",
-            benchmark.comparison_table(benchmark.compare(bench, arguments.rounds)),
+            benchmark.comparison_table(rates),
             f"Start-up in a fresh process, median of {arguments.rounds}:",
             benchmark.start_up_table(bench, arguments.rounds),
         ]
@@ -50,7 +79,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="threads or worker processes of each loader (default: 1)"
     )
     command.add_argument("--trade-off", action="store_true", help="also compare stored sizes and qualities")
-    command.add_argument("--output", type=Path, help="Markdown file to write")
+    command.add_argument("--output", type=Path, help="Markdown file to write, with a picture beside it")
     arguments = parser.parse_args()
     for name in ("images", "rounds", "size", "threads"):
         if getattr(arguments, name) < 1:

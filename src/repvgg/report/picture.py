@@ -22,6 +22,17 @@ LINES = ("-", "--", ":", "-.")
 TRAIN_FORM, DEPLOY = "#A3ADB8", "#0072B2"
 GREY = "#5A6169"
 CURVE = "val/deploy/top1"
+STYLE: Any = {
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": "#20242A",
+}
 
 
 def write_picture(records: Sequence[RunRecord], paper: Paper, path: Path) -> Path:
@@ -40,23 +51,12 @@ def draw(records: Sequence[RunRecord], paper: Paper) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
-    style: Any = {
-        "font.size": 12,
-        "axes.titlesize": 13,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "xtick.color": GREY,
-        "ytick.color": "#20242A",
-    }
     names = [
         name if record.status == "finished" else f"{name}\n({record.status})"
         for name, record in zip(labels(records), records, strict=True)
     ]
     with_paper = any(paper.number(record.choice("ablation"), "top1") is not None for record in records)
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(
             figsize=(16, max(5.2, 2.2 + 0.5 * len(records))),
             dpi=110,
