@@ -49,6 +49,8 @@ def loader(arguments: argparse.Namespace) -> str:
         if arguments.output is not None:
             draw(rates, arguments.output.with_suffix(".png"))
         parts = [
+            "# The loader, measured",
+            f"`python src/benchmark.py {' '.join(sys.argv[1:])}`",
             f"{benchmark.environment(bench)}, n = {arguments.rounds} rounds in which the lines take turns.",
             benchmark.comparison_table(rates),
             f"Start-up in a fresh process, median of {arguments.rounds}:",

@@ -29,6 +29,10 @@ def main(cfg: DictConfig) -> float | None:
     with clear_errors():
         if cfg.init_from is not None and cfg.ckpt_path is not None:
             raise ValueError("init_from begins a run with a file's weights, ckpt_path continues one: give one of them")
+        missing = [key for key in cfg.required if cfg[key] is None and cfg.ckpt_path is None]
+        if missing:
+            recipe = HydraConfig.get().runtime.choices["recipe"]
+            raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
         if cfg.init_from is not None and not Path(cfg.init_from).is_file():
             raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
         if cfg.data.prepare is None:

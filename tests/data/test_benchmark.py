@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from repvgg.data.benchmark import (
     ORIGINALS,
-    RECOMMENDED,
+    SMALL,
     Bench,
     PilImages,
     Rate,
@@ -37,7 +37,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_both_sides_of_the_comparison_show_the_same_crops(bench: Bench, split: Split) -> None:
     """Within PIL's rounding on the original bytes, so that nobody wins by doing less."""
     assert bench.distance(ORIGINALS, split) < 0.3
-    assert 0.3 < bench.distance(RECOMMENDED, split) < 8
+    assert 0.3 < bench.distance(SMALL, split) < 8
 
 
 def test_every_contestant_yields_every_image(bench: Bench) -> None:
