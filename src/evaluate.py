@@ -19,6 +19,7 @@ from repvgg.cli import (
     overrides_of_run,
     prepare_environment,
     quote_paths,
+    recorded,
     subject,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
@@ -26,7 +27,7 @@ from repvgg.data.manifest import number_of_classes, read_manifest, require_files
 log = logging.getLogger("evaluate")
 
 #: What train.yaml has and an evaluation does not read.
-OF_TRAINING = ("recipe", "callbacks", "bench", "module", "init_from", "ckpt_path", "seed")
+OF_TRAINING = ("recipe", "callbacks", "bench", "module", "init_from", "required", "ckpt_path", "seed")
 
 
 def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
@@ -80,16 +81,14 @@ def main(cfg: DictConfig) -> float | None:
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
         from hydra.utils import instantiate
-        from pytorch_lightning.utilities.exceptions import SIGTERMException
         from rich.console import Console
 
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.evaluate import PREFIX, Evaluation, counted, evaluate, forms_of
         from repvgg.learn.logging import RunLogger, quiet_lightning
-        from repvgg.learn.run import close_loggers, environment
+        from repvgg.learn.run import environment
         from repvgg.model import load_weights, read_weights, to_deploy
         from repvgg.report import evaluation as report
-        from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         set_tf32(cfg.tf32)
@@ -122,13 +121,10 @@ def main(cfg: DictConfig) -> float | None:
         for logger in trainer.loggers:  # where a W&B run begins
             logger.log_hyperparams(config)
 
-    status: Status = "failed"
-    error: str | None = None
-    objective: float | None = None
-    try:
+    objective = f"{PREFIX[list(forms)[-1]]}/top1"
+    with recorded(trainer, config, metrics, directory=cfg.output_dir, objective=objective):
         scores, classes = evaluate(trainer, module, datamodule)
         metrics |= scores
-        objective = metrics[f"{PREFIX[list(forms)[-1]]}/top1"]
         if trainer.is_global_zero:
             names = read_manifest(cfg.data.val_file).classes
             tables = report.tables(names, classes.images, classes.right, classes.confusion, metrics)
@@ -143,21 +139,7 @@ def main(cfg: DictConfig) -> float | None:
                 f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}"
             )
             report.print_evaluation(title, metrics, rows, Console())
-        status = "finished"
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM, once it has shut down
-        status = "interrupted"
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
-        raise
-    finally:
-        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
-        if trainer.is_global_zero:
-            write_record(
-                cfg.output_dir, status=status, config=config, metrics=metrics, objective=objective, error=error
-            )
-            log.info(f"{cfg.run.name} {status}. Everything is in {cfg.output_dir}")
-    return objective
+    return metrics.get(objective)
 
 
 if __name__ == "__main__":

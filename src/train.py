@@ -16,6 +16,7 @@ from repvgg.cli import (
     multirun_name,
     prepare_environment,
     quote_paths,
+    recorded,
     run_name,
 )
 from repvgg.data.manifest import number_of_classes, require_files
@@ -43,24 +44,13 @@ def main(cfg: DictConfig) -> float | None:
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
         from hydra.utils import instantiate
-        from pytorch_lightning.utilities.exceptions import SIGTERMException
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
-        from repvgg.learn.run import (
-            OBJECTIVE,
-            close_loggers,
-            conclusion,
-            describe,
-            environment,
-            introduction,
-            last_metrics,
-            train_and_test,
-        )
+        from repvgg.learn.run import OBJECTIVE, describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
-        from repvgg.report.record import Status, write_record
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         set_tf32(cfg.tf32)
@@ -94,28 +84,9 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.init_from is not None:
             log.info(initial)
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
-    status: Status = "failed"
-    error: str | None = None
-    try:
+    with recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE):
         metrics |= train_and_test(trainer, module, datamodule, cfg.ckpt_path)
-        status = "finished"
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C and of SIGTERM, once it has shut down
-        status = "interrupted"
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
-    except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
-        raise
-    finally:
-        if status != "finished":
-            metrics |= last_metrics(trainer)
-        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
-        objective = metrics.get(OBJECTIVE)
-        if trainer.is_global_zero:
-            write_record(
-                cfg.output_dir, status=status, config=config, metrics=metrics, objective=objective, error=error
-            )
-            log.info(conclusion(cfg.run.name, status, metrics, cfg.output_dir))
-    return objective
+    return metrics.get(OBJECTIVE)
 
 
 if __name__ == "__main__":

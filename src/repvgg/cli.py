@@ -6,6 +6,7 @@ Imports nothing heavy: a mistyped command must answer at once.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
     from repvgg.model import Weights
+
+log = logging.getLogger(__name__)
 
 #: Groups whose values do not stand under their own name, so that a W&B sweep over them keeps the config whole.
 NODE_OF_GROUP = {"model": "net", "ablation": "block"}
@@ -55,6 +60,41 @@ def clear_errors() -> Iterator[None]:
             raise
         print(f"error: {cause}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
+
+
+@contextmanager
+def recorded(
+    trainer: Trainer, config: Mapping[str, Any], metrics: dict[str, float], *, directory: str, objective: str
+) -> Iterator[None]:
+    """Whatever ends the block, the loggers are closed and result.json in ``directory`` says how it ended.
+
+    ``metrics`` are what the block has put there by then, and what was logged last if it did not come to its end.
+    Ctrl-C and SIGTERM, which Lightning turns into SystemExit once it has shut down, exit with 130 and 143.
+    """
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    from repvgg.learn.run import close_loggers, conclusion, last_metrics
+    from repvgg.report.record import Status, write_record
+
+    status: Status = "failed"
+    error: str | None = None
+    try:
+        yield
+        status = "finished"
+    except SystemExit as stop:
+        status = "interrupted"
+        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        if status != "finished":
+            metrics |= last_metrics(trainer)
+        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
+        if trainer.is_global_zero:
+            value = metrics.get(objective)
+            write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
+            log.info(conclusion(config["run"]["name"], status, metrics, directory))
 
 
 @contextmanager

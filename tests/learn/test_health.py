@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,7 @@ from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.networks import ABLATIONS, ID, K1, K3, randomize, tiny
 from support.training import classifier, trainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second one, and sums of the two ranks are added in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(branches: list[Any], seed: int = 0, shape: ConvShape | None = None, **options: Any) -> Block:

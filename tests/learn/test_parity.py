@@ -6,7 +6,6 @@ other is :mod:`support.oracle`. Fifty steps from the same weights on the same ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -50,13 +49,7 @@ SCALE = (f"recipe.batch_size={BATCH}", f"recipe.lr_batch={BATCH}", f"trainer.max
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from a second one, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(*overrides: str) -> DictConfig:
