@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from repvgg.cli import clear_errors
 from repvgg.files import replacing
 
 if TYPE_CHECKING:
@@ -86,10 +87,8 @@ def main() -> None:
     for name in ("images", "rounds", "size", "threads"):
         if getattr(arguments, name) < 1:
             command.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    try:
+    with clear_errors():
         text = arguments.run(arguments)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     print(text)
     if arguments.output is not None:
         with replacing(arguments.output) as file:

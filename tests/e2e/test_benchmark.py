@@ -1,0 +1,39 @@
+"""`python src/benchmark.py`, as typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repvgg.cli import ROOT
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "src/benchmark.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["loader", "--images", "0"], "--images must be at least 1, got 0"), (["loader", "--photos", "/none"], "/none")],
+)
+def test_a_wrong_value_is_named(arguments: list[str], says: str) -> None:
+    done = benchmark(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured_and_drawn(tmp_path: Path) -> None:
+    done = benchmark("loader", "--images", "16", "--rounds", "1", "--output", str(tmp_path / "loader.md"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "loader.md").read_text()
+    assert text in done.stdout
+    rows = [row for row in text.splitlines() if row.startswith("| train | original bytes |")]
+    assert [row.split(" | ")[2] for row in rows] == ["this repository", "FFCV's own operations"]
+    assert "| `ops=fused` |" in text
+    assert (tmp_path / "loader.png").read_bytes().startswith(b"\x89PNG")
