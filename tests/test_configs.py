@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repvgg.cli import ROOT, logged_config, prepare_environment, run_name
 from repvgg.model import Block, count_parameters, to_deploy
-from support.paper import ABLATION_TRAIN_PARAMS, VARIANTS
+from support.paper import ABLATION_TRAIN_PARAMS, DESIGN_TRAIN_PARAMS, VARIANTS, layers
 
 CONF = ROOT / "conf"
 
@@ -35,7 +35,7 @@ def config(*overrides: str, root: str = "train") -> DictConfig:
 
 def test_the_promised_choices_are_there() -> None:
     assert set(options("model")) == {f"repvgg_{name}" for name in VARIANTS}
-    assert set(options("ablation")) >= set(ABLATION_TRAIN_PARAMS)
+    assert set(options("ablation")) == {*ABLATION_TRAIN_PARAMS, *DESIGN_TRAIN_PARAMS}
     assert {"imagenet", "digits", "folder"} <= set(options("data"))
     assert {"paper_120", "paper_200", "fast", "finetune", "quick"} <= set(options("recipe"))
     assert {"default", "cpu", "ddp"} <= set(options("trainer"))
@@ -66,8 +66,11 @@ def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -
     expected = VARIANTS[model.removeprefix("repvgg_")]
     if ablation == "full":
         assert count_parameters(module.net) == expected.train_params
-    else:
+    elif ablation in ABLATION_TRAIN_PARAMS:
         assert count_parameters(module.net) == ABLATION_TRAIN_PARAMS[ablation]
+    else:
+        of_blocks = sum(DESIGN_TRAIN_PARAMS[ablation](*layer) for layer in layers(expected))
+        assert count_parameters(module.net) == of_blocks + 1000 * (1280 + 1)
     assert count_parameters(to_deploy(module.net)) == expected.deploy_params
 
 

@@ -1,5 +1,6 @@
 """The published and counted figures that the model must reproduce exactly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -39,3 +40,24 @@ VARIANTS = {
 
 #: Table 6 with B0: parameters of the train form.
 ABLATION_TRAIN_PARAMS = {"plain": 14_345_512, "id": 14_354_856, "1x1": 15_808_616, "full": 15_817_960}
+
+
+def layers(variant: Variant) -> list[tuple[int, int, bool]]:
+    """Of every block: input and output channels, and whether its output has the shape of its input."""
+    widths = [int(64 * variant.a), int(128 * variant.a), int(256 * variant.a), int(512 * variant.b)]
+    found = [(3, min(64, widths[0]), False)]
+    for width, depth in zip(widths, variant.depths, strict=True):
+        found += [(found[-1][1], width, False), *[(width, width, True)] * (depth - 1)]
+    return found
+
+
+#: Other designs: parameters of one block's train form, from input channels i, output channels o, and whether there
+#: is an identity (s). A BatchNorm has 2 o.
+DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
+    "id_no_bn": lambda i, o, s: 9 * i * o + i * o + 4 * o,
+    "post_bn": lambda i, o, s: 9 * i * o + i * o + 2 * o,
+    "trivial": lambda i, o, s: 9 * i * o + 2 * o,
+    "acb": lambda i, o, s: (9 + 3 + 3) * i * o + 6 * o,
+    "qarepvgg": lambda i, o, s: 9 * i * o + i * o + 4 * o,
+    "mobileone": lambda i, o, s: (4 * 9 + 1) * i * o + 10 * o + 2 * o * s,
+}

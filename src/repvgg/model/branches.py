@@ -6,7 +6,7 @@ A design of your own is one class with these two methods, or, made of the classe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,31 +67,33 @@ BranchFactory = Callable[[ConvShape], Branch | None]
 
 
 class ConvBN(Branch):
-    """A k×k convolution without bias and its BatchNorm; k = 1 is the paper's 1×1 branch (section 3.2).
+    """A k×k' convolution without bias and its BatchNorm; k = k' = 1 is the paper's 1×1 branch (section 3.2).
 
     Args:
         shape: the block's convolution.
-        kernel_size: odd.
+        kernel_size: odd, one number for a square or two: (1, 3) and (3, 1) are ACB's (Table 7).
         norm: False leaves the BatchNorm out (post-addition BN of Table 7; the 1×1 branch of QARepVGG).
 
     Raises:
         ValueError: an even ``kernel_size``.
     """
 
-    def __init__(self, shape: ConvShape, kernel_size: int = 3, norm: bool = True) -> None:
+    def __init__(self, shape: ConvShape, kernel_size: int | Sequence[int] = 3, norm: bool = True) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if min(height, width) < 1 or not height % 2 or not width % 2:
             raise ValueError(f"kernel_size={kernel_size} is not odd: it has no centre to align with other branches")
         # A 1×1 convolution with stride s reads every s-th pixel and nothing else. Taking those pixels first is the
         # same map; the strided kernel's backward in channels_last corrupts the heap on CPU (torch 2.13, few input
         # channels, large maps: stage 0's 1×1 branch exactly).
-        self.subsample = shape.stride if kernel_size == 1 else 1
+        pointwise = height == width == 1
+        self.subsample = shape.stride if pointwise else 1
         self.conv = nn.Conv2d(
             shape.in_channels,
             shape.out_channels,
-            kernel_size,
-            stride=1 if kernel_size == 1 else shape.stride,
-            padding=shape.dilation * (kernel_size // 2),
+            (height, width),
+            stride=1 if pointwise else shape.stride,
+            padding=(shape.dilation * (height // 2), shape.dilation * (width // 2)),
             dilation=shape.dilation,
             groups=shape.groups,
             bias=False,

@@ -1,0 +1,120 @@
+"""Every block design of conf/ablation: both forms are one function, and new kinds of branches are what they say."""
+
+import itertools
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from repvgg.cli import ROOT
+from repvgg.learn.health import diagnose, kinds
+from repvgg.model import Block, ConvBN, ConvShape, RepVGG, count_parameters, equivalence, to_deploy
+from support.networks import randomize
+
+DESIGNS = sorted(file.stem for file in (ROOT / "conf" / "ablation").glob("*.yaml"))
+#: A later stage's first block, one that keeps its shape, a strided one of equal channels; each also grouped.
+SHAPES = [
+    ConvShape(8, out, stride, groups) for (out, stride), groups in itertools.product([(12, 2), (8, 1), (8, 2)], [1, 2])
+]
+
+
+@cache
+def design(name: str) -> dict:
+    return instantiate(yaml.safe_load((ROOT / "conf" / "ablation" / f"{name}.yaml").read_text()), _convert_="all")
+
+
+def block_of(name: str, shape: ConvShape) -> Block:
+    torch.manual_seed(0)
+    return Block(shape, design(name)["branches"], norm=design(name)["norm"]).double()
+
+
+def batch_norm(y: Tensor, bn: nn.BatchNorm2d) -> Tensor:
+    """In eval mode, written out (equation 2)."""
+    mean, var, gamma, beta = (v[:, None, None] for v in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return (y - mean) / torch.sqrt(var + bn.eps) * gamma + beta
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-10 * b.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", DESIGNS)
+def test_the_deploy_form_is_the_function_that_was_trained(name: str, shape: ConvShape) -> None:
+    block = randomize(block_of(name, shape)).train()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        block(torch.randn(4, shape.in_channels, 7, 10, dtype=torch.float64)).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+        optimizer.step()
+    x = torch.randn(2, shape.in_channels, 7, 10, dtype=torch.float64)
+    block.activation = nn.Identity()  # which would hide what is negative
+    assert equivalence(block, to_deploy(block), x).rel_l2 < 1e-10
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_network_trains_converts_and_is_diagnosed(name: str) -> None:
+    torch.manual_seed(0)
+    node = design(name)
+    net = RepVGG((1, 2, 2, 1), 0.125, 0.0625, node["branches"], block_norm=node["norm"], num_classes=5, groups=2)
+    net.to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    F.cross_entropy(net(images), torch.arange(4)).backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    assert equivalence(net, to_deploy(net), images, dtype=torch.float32).rel_l2 < 1e-4
+    block = net.stages[1][1]
+    found = diagnose(block)
+    shares = [float(found[kind]["share"]) for kind in kinds(block) if "share" in found[kind]]
+    assert not shares or sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+def test_acb_sums_a_square_a_row_and_a_column() -> None:
+    block = randomize(block_of("acb", ConvShape(8, 12, stride=2, groups=2))).eval()
+    assert list(kinds(block)) == ["conv3x3", "conv1x3", "conv3x1"]
+    x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
+    total = torch.zeros(2, 12, 4, 5, dtype=torch.float64)
+    for branch, (rows, columns) in zip(block.branches, [(1, 1), (0, 1), (1, 0)], strict=True):
+        padded = F.pad(x, (columns, columns, rows, rows))
+        total = total + batch_norm(F.conv2d(padded, branch.conv.weight, stride=2, groups=2), branch.bn)
+    with torch.no_grad():
+        assert close(block(x), total.relu())
+        assert close(to_deploy(block)(x), total.relu())
+    assert count_parameters(to_deploy(block)) == 9 * 4 * 12 + 12
+    with pytest.raises(ValueError, match=r"kernel_size=\(1, 4\) is not odd"):
+        ConvBN(ConvShape(2, 2), kernel_size=(1, 4))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_trivial_is_one_convolution_of_i_plus_w(groups: int) -> None:
+    block = randomize(block_of("trivial", ConvShape(8, 8, groups=groups))).eval()
+    kernel = block.branches[0].conv.weight.detach().clone()
+    for channel in range(8):
+        kernel[channel, channel % (8 // groups), 1, 1] += 1
+    x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
+    with torch.no_grad():
+        expected = batch_norm(F.conv2d(x, kernel, padding=1, groups=groups), block.norm).relu()
+        assert close(block(x), expected)
+        assert close(to_deploy(block)(x), expected)
+    assert len(block_of("trivial", ConvShape(8, 12, stride=2)).branches) == 1
+
+
+def test_where_the_batchnorms_are() -> None:
+    """Of 3×3, 1×1, identity and the sum."""
+    expected = {
+        "full": [True, True, True, False],
+        "id_no_bn": [True, True, False, False],
+        "post_bn": [False, False, False, True],
+        "qarepvgg": [True, False, False, True],
+    }
+    for name, norms in expected.items():
+        block = block_of(name, ConvShape(4, 4))
+        assert list(kinds(block)) == ["conv3x3", "conv1x1", "identity"]
+        assert [isinstance(m, nn.BatchNorm2d) for m in (*(b.bn for b in block.branches), block.norm)] == norms, name
+    mobileone = block_of("mobileone", ConvShape(4, 4))
+    assert list(kinds(mobileone)) == ["conv3x3", "conv3x3_2", "conv3x3_3", "conv3x3_4", "conv1x1", "identity"]
+    assert all(isinstance(branch.bn, nn.BatchNorm2d) for branch in mobileone.branches)
