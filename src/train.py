@@ -84,7 +84,11 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.init_from is not None:
             log.info(initial)
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
-    with recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE):
+    # Some values can only be judged by what Lightning makes of them, such as the number of steps.
+    with (
+        clear_errors(lambda: trainer.global_step == 0),
+        recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE),
+    ):
         metrics |= train_and_test(trainer, module, datamodule, cfg.ckpt_path)
     return metrics.get(OBJECTIVE)
 

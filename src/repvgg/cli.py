@@ -9,7 +9,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,10 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """While a run is being set up, a ValueError is a wrong input: print it alone and exit with 2.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    ``setting_up`` says whether it still is when the error comes. HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def clear_errors() -> Iterator[None]:
             "InstantiationException",
             "MisconfigurationException",
         )
-        if not wrong_input or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if not wrong_input or not setting_up() or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {cause}", file=sys.stderr)
         sys.exit(WRONG_INPUT)

@@ -161,6 +161,14 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
             ["recipe.batch_size=256", "try recipe.batch_size=255 or 258"],
         ),
         (["data=digits", "trainer=cpu", "net.depths=[1,2]"], ["depths=[1, 2]", "four numbers"]),
+        (
+            ["data=digits", "trainer=cpu", "logger=csv", "recipe.warmup_epochs=7", "trainer.max_epochs=5"],
+            ["does not fit into", "lower recipe.warmup_epochs or raise trainer.max_epochs"],
+        ),
+        (
+            ["data=digits", "trainer=cpu", "logger=csv", "recipe=fast", "compile=false", "recipe.batch_size=64"],
+            ["PadCrop cannot change its size", "callbacks.resize=null"],
+        ),
         (["data=digits", "recipe=finetune"], ["recipe=finetune needs init_from=PATH"]),
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else "",

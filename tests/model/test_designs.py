@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from repvgg.cli import ROOT
 from repvgg.learn.health import diagnose, kinds
-from repvgg.model import Block, ConvBN, ConvShape, RepVGG, count_parameters, equivalence, to_deploy
+from repvgg.learn.optim import parameter_groups
+from repvgg.model import Block, ConvBN, ConvShape, Dirac, RepVGG, count_parameters, equivalence, to_deploy
 from support.networks import randomize
 
 DESIGNS = sorted(file.stem for file in (ROOT / "conf" / "ablation").glob("*.yaml"))
@@ -101,6 +102,38 @@ def test_trivial_is_one_convolution_of_i_plus_w(groups: int) -> None:
         assert close(block(x), expected)
         assert close(to_deploy(block)(x), expected)
     assert len(block_of("trivial", ConvShape(8, 12, stride=2)).branches) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dirac_is_diag_a_times_i_plus_diag_b_times_normalised_filters(shape: ConvShape) -> None:
+    branch = Dirac(shape).double()
+    torch.testing.assert_close(branch.b, torch.full_like(branch.b, 0.1), rtol=1e-7, atol=0)
+    assert (branch.a is None) == (not shape.keeps_shape)
+    assert branch.a is None or (branch.a == 1).all()
+    with torch.no_grad():
+        branch.b.uniform_(-2, 2)
+        if branch.a is not None:
+            branch.a.uniform_(-2, 2)
+    x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
+    kernel = torch.stack([b * w / w.square().sum().sqrt() for b, w in zip(branch.b, branch.conv.weight, strict=True)])
+    expected = F.conv2d(x, kernel, None, shape.stride, 1, 1, shape.groups)
+    if branch.a is not None:
+        expected = expected + branch.a[:, None, None] * x
+    affine = branch.affine(torch.float64, x.device)
+    assert close(branch(x), expected)
+    assert close(F.conv2d(x, affine.kernel, affine.bias, shape.stride, 1, 1, shape.groups), expected)
+
+
+def test_dirac_is_blind_to_the_length_of_a_filter_and_decays_its_kernel_alone() -> None:
+    branch = Dirac(ConvShape(4, 4)).double()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    before = branch(x)
+    with torch.no_grad():
+        branch.conv.weight.mul_(torch.tensor([1e-3, 0.5, 7, 1e4])[:, None, None, None])
+    assert close(branch(x), before)
+    kernels, rest = parameter_groups(branch, 1e-4)
+    assert [p is branch.conv.weight for p in kernels["params"]] == [True]
+    assert {id(p) for p in rest["params"]} == {id(branch.a), id(branch.b)}
 
 
 def test_where_the_batchnorms_are() -> None:

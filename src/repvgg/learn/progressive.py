@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytorch_lightning as pl
 
+from repvgg.data.transforms import PadCrop
 from repvgg.learn.datamodule import ImageDataModule
 
 
@@ -47,9 +48,15 @@ class ProgressiveResize(pl.Callback):
         """Say before the training what would stop it."""
         if stage != "fit":
             return
-        if not isinstance(getattr(trainer, "datamodule", None), ImageDataModule):
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
             raise ValueError(
                 "callbacks.resize needs repvgg's ImageDataModule; switch it off with callbacks.resize=null"
+            )
+        if isinstance(data.transforms["train"], PadCrop):
+            raise ValueError(
+                "callbacks.resize: the training images are cut by PadCrop, and PadCrop cannot change its size: "
+                "switch resizing off with callbacks.resize=null"
             )
         if trainer.max_epochs is None or trainer.max_epochs < 1:
             raise ValueError(f"callbacks.resize needs a number of epochs, trainer.max_epochs={trainer.max_epochs}")

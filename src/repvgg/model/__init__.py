@@ -5,6 +5,7 @@ from repvgg.model.block import Block, FusedBlock, SqueezeExcite, memory_format_o
 from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, NotAffineError
 from repvgg.model.convert import Equivalence, equivalence, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
+from repvgg.model.dirac import Dirac
 from repvgg.model.network import RepVGG
 from repvgg.model.weights import (
     Weights,
@@ -23,6 +24,7 @@ __all__ = [
     "BranchFactory",
     "ConvBN",
     "ConvShape",
+    "Dirac",
     "Equivalence",
     "FusedBlock",
     "Identity",
