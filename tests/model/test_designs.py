@@ -1,7 +1,7 @@
 """Every block design of conf/ablation: both forms are one function, and new kinds of branches are what they say."""
 
 import itertools
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,8 +12,22 @@ from torch import Tensor, nn
 
 from repvgg.cli import ROOT
 from repvgg.learn.health import diagnose, kinds
+from repvgg.learn.module import Classifier
 from repvgg.learn.optim import parameter_groups
-from repvgg.model import Block, ConvBN, ConvShape, Dirac, RepVGG, count_parameters, equivalence, to_deploy
+from repvgg.learn.run import describe, introduction
+from repvgg.model import (
+    Activated,
+    Block,
+    ConvBN,
+    ConvShape,
+    Dirac,
+    Identity,
+    NotAffineError,
+    RepVGG,
+    count_parameters,
+    equivalence,
+    to_deploy,
+)
 from support.networks import randomize
 
 DESIGNS = sorted(file.stem for file in (ROOT / "conf" / "ablation").glob("*.yaml"))
@@ -134,6 +148,53 @@ def test_dirac_is_blind_to_the_length_of_a_filter_and_decays_its_kernel_alone() 
     kernels, rest = parameter_groups(branch, 1e-4)
     assert [p is branch.conv.weight for p in kernels["params"]] == [True]
     assert {id(p) for p in rest["params"]} == {id(branch.a), id(branch.b)}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_relus_in_the_branches_are_deployed_as_a_convolution_each(stride: int) -> None:
+    shape = ConvShape(8, 8, stride, groups=2)
+    block = randomize(block_of("relu_branch", shape)).eval()
+    x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
+    inner = [activated.branch for activated in block.branches]
+    expected = batch_norm(F.conv2d(x, inner[0].conv.weight, None, stride, 1, 1, 2), inner[0].bn).relu()
+    expected = expected + batch_norm(F.conv2d(x, inner[1].conv.weight, None, stride, 0, 1, 2), inner[1].bn).relu()
+    for identity in inner[2:]:
+        expected = expected + batch_norm(x, identity.bn).relu()
+    deployed = to_deploy(block)
+    with torch.no_grad():
+        assert close(block(x), expected)
+        assert close(deployed(x), expected)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
+    assert count_parameters(deployed) == (9 * 8 * 4 + 8) + (8 * 4 + 8) + (16 if stride == 1 else 0)
+    with pytest.raises(NotAffineError, match="Activated says of no affine map"):
+        block.affine()
+    for target, source in ((block, deployed), (deployed, block)):
+        with pytest.raises(ValueError, match="these weights are of a"):
+            target.load_state_dict(source.state_dict(), strict=False)
+
+
+def test_branches_without_a_relu_are_one_convolution_beside_the_others() -> None:
+    activated = partial(Activated.where_it_fits, branch=Identity.where_it_fits)
+    block = Block(ConvShape(4, 4), [ConvBN, activated, partial(ConvBN, kernel_size=1)], norm=True, se_hidden=2)
+    block = randomize(block.double())
+    deployed = to_deploy(block)
+    assert [part.conv.kernel_size for part in deployed.parts] == [(3, 3), (1, 1)]
+    assert equivalence(block, deployed, torch.randn(2, 4, 5, 5)).rel_l2 < 1e-10
+
+
+def test_what_cannot_become_one_convolution_is_said_before_training() -> None:
+    def described(name: str) -> tuple[dict[str, float], str]:
+        net = RepVGG((1, 2, 2, 1), 0.125, 0.0625, design(name)["branches"], block_norm=design(name)["norm"])
+        metrics = describe(net, (3, 32, 32))
+        module = Classifier(net, num_classes=1000, optimizer=torch.optim.SGD, lr=0.1, lr_batch=8, batch_size=8)
+        return metrics, introduction("x", metrics, module, 8, 1)
+
+    metrics, line = described("relu_branch")
+    assert metrics["deploy/layers_not_fused"] == 7
+    assert "7 layers cannot become one convolution" in line
+    metrics, line = described("full")
+    assert "deploy/layers_not_fused" not in metrics
+    assert "cannot" not in line
 
 
 def test_where_the_batchnorms_are() -> None:

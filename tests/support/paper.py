@@ -57,8 +57,15 @@ DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
     "id_no_bn": lambda i, o, s: 9 * i * o + i * o + 4 * o,
     "post_bn": lambda i, o, s: 9 * i * o + i * o + 2 * o,
     "trivial": lambda i, o, s: 9 * i * o + 2 * o,
+    "relu_branch": lambda i, o, s: 9 * i * o + i * o + 4 * o + 2 * o * s,
     "dirac": lambda i, o, s: 9 * i * o + o + o * s + 2 * o,
     "acb": lambda i, o, s: (9 + 3 + 3) * i * o + 6 * o,
     "qarepvgg": lambda i, o, s: 9 * i * o + i * o + 4 * o,
     "mobileone": lambda i, o, s: (4 * 9 + 1) * i * o + 10 * o + 2 * o * s,
+}
+
+#: Of one block's deploy form, where that is not a convolution with bias, 9 i o + o: one per branch, and a factor and a
+#: bias per channel for the identity.
+DESIGN_DEPLOY_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
+    "relu_branch": lambda i, o, s: 9 * i * o + i * o + 2 * o + 2 * o * s
 }

@@ -28,8 +28,8 @@ def forms_of(
     Args:
         net: in the form that a file has.
         stored: that form.
-        wanted: None for both, or for the one that exists: a deploy form has no branches, and a block with a
-            nonlinearity inside a branch has no deploy form.
+        wanted: None for both, or for the one that exists: a deploy form has no branches, and a branch
+            that says of no convolution how it is deployed has no deploy form.
 
     Raises:
         ValueError: a form that does not exist.

@@ -13,20 +13,25 @@ import torch
 from repvgg.learn.devices import device_name
 from repvgg.learn.logging import RunLogger
 from repvgg.learn.module import Classifier
-from repvgg.model import count_macs, count_parameters, to_deploy
+from repvgg.model import count_macs, count_parameters, not_fused, to_deploy
 
 #: What a sweep maximises: the best checkpoint's.
 OBJECTIVE = "test/deploy/top1"
 
 
 def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
-    """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``)."""
+    """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``).
+
+    ``deploy/layers_not_fused`` is there where layers cannot become one convolution each.
+    """
     deploy = to_deploy(net)
+    layers = len(not_fused(deploy))
     return {
         "params/train_form": count_parameters(net),
         "params/deploy": count_parameters(deploy),
         "macs/train_form": count_macs(net, input_size),
         "macs/deploy": count_macs(deploy, input_size),
+        **({"deploy/layers_not_fused": layers} if layers else {}),
     }
 
 
@@ -80,10 +85,12 @@ def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
 
 def introduction(name: str, metrics: Mapping[str, float], module: Classifier, batch: int, world_size: int) -> str:
     """One line on what is about to be trained."""
+    layers = metrics.get("deploy/layers_not_fused")
+    unfused = f"; {layers:.0f} layers cannot become one convolution, so each deploys as several" if layers else ""
     trained, deployed = (metrics[f"params/{form}"] / 1e6 for form in ("train_form", "deploy"))
     return (
         f"{name}: {trained:.2f} M parameters, {deployed:.2f} M deployed ({metrics['macs/deploy'] / 1e9:.3g} GMACs); "
-        f"{world_size} × {batch} images per batch, lr {module.lr:g}"
+        f"{world_size} × {batch} images per batch, lr {module.lr:g}{unfused}"
     )
 
 

@@ -1,9 +1,10 @@
 """Torch only: affine algebra, branches, block, network, conversion."""
 
+from repvgg.model.activated import Activated
 from repvgg.model.affine import Affine, identity_map, norm_as_affine
-from repvgg.model.block import Block, FusedBlock, SqueezeExcite, memory_format_of
-from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, NotAffineError
-from repvgg.model.convert import Equivalence, equivalence, to_deploy
+from repvgg.model.block import Block, FoldedBlock, FusedBlock, SqueezeExcite, memory_format_of
+from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, NotAffineError, Summand
+from repvgg.model.convert import Equivalence, equivalence, not_fused, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.dirac import Dirac
 from repvgg.model.network import RepVGG
@@ -18,6 +19,7 @@ from repvgg.model.weights import (
 )
 
 __all__ = [
+    "Activated",
     "Affine",
     "Block",
     "Branch",
@@ -26,11 +28,13 @@ __all__ = [
     "ConvShape",
     "Dirac",
     "Equivalence",
+    "FoldedBlock",
     "FusedBlock",
     "Identity",
     "NotAffineError",
     "RepVGG",
     "SqueezeExcite",
+    "Summand",
     "Weights",
     "WeightsMismatchError",
     "count_macs",
@@ -43,6 +47,7 @@ __all__ = [
     "load_weights",
     "memory_format_of",
     "norm_as_affine",
+    "not_fused",
     "read_weights",
     "same_layers",
     "to_deploy",

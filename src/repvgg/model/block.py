@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.model.affine import Affine
-from repvgg.model.branches import Branch, BranchFactory, ConvShape, NotAffineError
+from repvgg.model.branches import Branch, BranchFactory, ConvShape, NotAffineError, Summand
 
 
 class SqueezeExcite(nn.Module):
@@ -77,20 +77,45 @@ class Block(nn.Module):
         Raises:
             NotAffineError: a branch is no affine map.
         """
-        # A bare identity alone has no tensors; every other block is where its parameters are.
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        maps = []
+        maps, device = [], self._device()
         for branch in self.branches:
             if not isinstance(branch, Branch):
                 raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no affine()")
             maps.append(branch.affine(dtype, device))
         return reduce(operator.add, maps).then_norm(self.norm)
 
+    def summands(self, dtype: torch.dtype = torch.float64) -> list[Summand]:
+        """What the sum of branches is in eval mode, as few convolutions: all affine branches are one.
+
+        Args:
+            dtype: the precision that the branches are folded in.
+
+        Raises:
+            NotAffineError: a branch is no map followed by an activation either.
+        """
+        maps: list[Affine] = []
+        others: list[Summand] = []
+        for branch in self.branches:
+            if not isinstance(branch, Branch):
+                raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no summand()")
+            try:
+                maps.append(branch.affine(dtype, self._device()))
+            except NotAffineError:
+                others.append(branch.summand(self.shape, dtype, self._device()))
+        return [*([Summand(reduce(operator.add, maps), self.shape, nn.Identity())] if maps else []), *others]
+
+    def _device(self) -> torch.device:
+        # A bare identity alone has no tensors; every other block is where its parameters are.
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Also under strict=False, where such a file would leave every branch as it was initialised.
-        if prefix + "conv.weight" in state_dict:
+        deployed = next(
+            (key for key in state_dict if key.startswith((prefix + "conv.weight", prefix + "parts."))), None
+        )
+        if deployed is not None:
             raise ValueError(
-                f"layer '{prefix.rstrip('.')}': these weights are of a deploy form (they hold '{prefix}conv.weight'), "
+                f"layer '{prefix.rstrip('.')}': these weights are of a deploy form (they hold '{deployed}'), "
                 "the model is a train form. Branches cannot be recovered from their sum: load a checkpoint "
                 "of the train form, or convert the model first with repvgg.model.to_deploy(model)"
             )
@@ -141,9 +166,42 @@ class FusedBlock(nn.Module):
         return self.activation(self.se(self.conv(x)))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        if any(key.startswith(prefix + "branches.") for key in state_dict):
-            raise ValueError(
-                f"layer '{prefix.rstrip('.')}': these weights are of a train form (they hold '{prefix}branches.*'), "
-                "the model is a deploy form. Load them into the train form, then call repvgg.model.to_deploy(model)"
-            )
+        _refuse_train_form(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FoldedBlock(nn.Module):
+    """One layer that no convolution equals, as it is deployed: ``activation(se(norm(sum of parts)))``.
+
+    Args:
+        parts: a convolution for every branch with a nonlinearity, one for all others; BN is folded into them.
+        norm: the block's own, which a nonlinearity keeps apart from the convolutions, or ``nn.Identity``.
+        se: an SE module or ``nn.Identity``.
+        activation: the block's.
+    """
+
+    def __init__(self, parts: Sequence[FusedBlock], norm: nn.Module, se: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.norm = norm
+        self.se = se
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        total = self.parts[0](x)
+        for part in self.parts[1:]:
+            total = total + part(x)
+        return self.activation(self.se(self.norm(total)))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        _refuse_train_form(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_train_form(state_dict: Mapping[str, Any], prefix: str) -> None:
+    if any(key.startswith(prefix + "branches.") for key in state_dict):
+        raise ValueError(
+            f"layer '{prefix.rstrip('.')}': these weights are of a train form (they hold '{prefix}branches.*'), "
+            "the model is a deploy form. Load them into the train form, then call repvgg.model.to_deploy(model)"
+        )

@@ -7,7 +7,7 @@ A design of your own is one class with these two methods, or, made of the classe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,37 @@ class Branch(nn.Module):
         """
         raise NotAffineError(
             f"{type(self).__name__} says of no affine map that it equals it: a block with such a branch cannot "
-            "become one convolution. Give the class an affine() method, or train without this branch"
+            "become one convolution. Give the class an affine() method (summand() where a nonlinearity follows a map), "
+            "or train without this branch"
         )
+
+    def summand(self, shape: ConvShape, dtype: torch.dtype, device: torch.device) -> Summand:
+        """What computes this branch in the deploy form of a block that has a nonlinearity in a branch.
+
+        Args:
+            shape: the block's convolution.
+            dtype: the precision of the folding.
+            device: of the block.
+
+        Raises:
+            NotAffineError: the branch is no map followed by an activation; this default, no map.
+        """
+        return Summand(self.affine(dtype, device), shape, nn.Identity())
+
+
+@dataclass(frozen=True)
+class Summand:
+    """``activation(affine(x))``: a branch, deployed in a block that cannot become one convolution.
+
+    Attributes:
+        affine: the map.
+        shape: the convolution that it is; the groups may be others than the block's.
+        activation: ``nn.Identity`` for none.
+    """
+
+    affine: Affine
+    shape: ConvShape
+    activation: nn.Module
 
 
 class NotAffineError(ValueError):
@@ -142,3 +171,8 @@ class Identity(Branch):
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """A 1×1 kernel of zeros and ones, scaled by the BatchNorm."""
         return identity_map(self.channels, self.groups, dtype=dtype, device=device).then_norm(self.bn)
+
+    def summand(self, shape: ConvShape, dtype: torch.dtype, device: torch.device) -> Summand:
+        """A factor and a bias per channel: as many groups as channels, whatever the block has."""
+        per_channel = identity_map(self.channels, self.channels, dtype=dtype, device=device).then_norm(self.bn)
+        return Summand(per_channel, replace(shape, groups=self.channels), nn.Identity())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repvgg.model.affine import Affine
-from repvgg.model.block import Block, FusedBlock, memory_format_of
+from repvgg.model.block import Block, FoldedBlock, FusedBlock, memory_format_of
 from repvgg.model.branches import NotAffineError
 
 
@@ -22,6 +22,9 @@ def to_deploy(model: nn.Module, *, fold_dtype: torch.dtype = torch.float64) -> n
     is: parameters, buffers, modes, and the random generators. Everything that is not a block is copied. A model
     without blocks (already deployed, say) is copied too.
 
+    A block with a nonlinearity in a branch becomes a :class:`FoldedBlock`, a sum of convolutions, where its branches
+    say how (:meth:`Branch.summand`); :func:`not_fused` names such layers.
+
     To differentiate through the fold, take :meth:`Block.affine` instead.
 
     Args:
@@ -30,14 +33,15 @@ def to_deploy(model: nn.Module, *, fold_dtype: torch.dtype = torch.float64) -> n
             models lose nothing more than that one rounding.
 
     Raises:
-        NotAffineError: a block holds a branch that no convolution equals; the message names the layer.
+        NotAffineError: a block holds a branch that says of no convolution how it is deployed; the message names the
+            layer.
     """
     # deepcopy looks an object up in the memo before it copies: what stands there takes the object's place wherever
     # it occurs, and blocks that are shared stay shared.
     memo: dict[int, object] = {}
     for name, module in model.named_modules():
         if isinstance(module, Block):
-            memo[id(module)] = _fused(name, module, fold_dtype)
+            memo[id(module)] = _deployed(name, module, fold_dtype)
     for module in reversed(list(model.modules())):  # inner wrappers before outer ones
         inner = _unwrapped(module)
         if inner is not module:
@@ -55,19 +59,35 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _fused(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock:
+def _deployed(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock | FoldedBlock:
     where = f"layer '{name}'" if name else "this block"
+    se, activation = copy.deepcopy(block.se), copy.deepcopy(block.activation)
     try:
-        affine = block.affine(fold_dtype)
+        try:
+            return FusedBlock(_cast(block.affine(fold_dtype), block), block.shape, se, activation)
+        except NotAffineError:
+            parts = [
+                FusedBlock(_cast(part.affine, block), part.shape, nn.Identity(), part.activation)
+                for part in block.summands(fold_dtype)
+            ]
+            return FoldedBlock(parts, copy.deepcopy(block.norm), se, activation)
     except NotAffineError as error:
         raise NotAffineError(f"{where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where} cannot be fused: {error}") from error
+
+
+def _cast(affine: Affine, block: Block) -> Affine:
+    """A copy with the dtype and memory format of the block."""
     parameter = next(block.parameters(), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
     kernel = affine.kernel.to(dtype, memory_format=memory_format_of(block), copy=True)
-    fused = Affine(kernel, affine.bias.to(dtype, copy=True))
-    return FusedBlock(fused, block.shape, copy.deepcopy(block.se), copy.deepcopy(block.activation))
+    return Affine(kernel, affine.bias.to(dtype, copy=True))
+
+
+def not_fused(deployed: nn.Module) -> list[str]:
+    """The layers of a deploy form that are more than one convolution, because a branch has a nonlinearity."""
+    return [name for name, module in deployed.named_modules() if isinstance(module, FoldedBlock)]
 
 
 @dataclass(frozen=True)
