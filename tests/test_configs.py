@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from repvgg.cli import ROOT, logged_config, prepare_environment, run_name
 from repvgg.model import Block, count_parameters, to_deploy
+from repvgg.report.table import load_paper
 from support.paper import ABLATION_TRAIN_PARAMS, DESIGN_DEPLOY_PARAMS, DESIGN_TRAIN_PARAMS, VARIANTS, layers
 
 CONF = ROOT / "conf"
@@ -75,6 +76,15 @@ def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -
     if ablation in DESIGN_DEPLOY_PARAMS:
         deploy_params = sum(DESIGN_DEPLOY_PARAMS[ablation](*layer) for layer in layers(expected)) + 1000 * (1280 + 1)
     assert count_parameters(to_deploy(module.net)) == deploy_params
+
+
+def test_table_7_is_of_ablations_that_exist() -> None:
+    rows = load_paper(ROOT / "experiments" / "table7.yaml").ablations
+    assert rows.keys() - {"residual_reorg"} <= set(options("ablation"))
+    commands = OmegaConf.load(ROOT / "experiments" / "table7.yaml").commands
+    for command in commands.values():
+        named = command.split("ablation=")[1].split()[0].split(",")
+        assert set(named) == rows.keys() - {"residual_reorg"}
 
 
 def test_the_data_says_classes_and_stem() -> None:

@@ -56,6 +56,27 @@ def test_map_then_batchnorm_is_a_map(seed: int, affine_parameters: bool) -> None
     torch.testing.assert_close(apply(a.then_norm(norm), x), expected, rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(ODD, ODD),
+    groups=st.sampled_from([1, 2, 4]),
+    dilation=st.sampled_from([1, 2]),
+    stride=st.sampled_from([1, 2]),
+    image=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    seed=st.integers(0, 2**31),
+)
+def test_a_pointwise_map_then_another_is_a_map(size, groups, dilation, stride, image, seed) -> None:
+    """The image is padded before the first map, which makes its bias of the zeros."""
+    rng = torch.Generator().manual_seed(seed)
+    inner, outer = random_affine(rng, 1, 1, groups=groups), random_affine(rng, *size, groups=groups)
+    x = torch.randn(2, 4, *image, generator=rng, dtype=torch.float64)
+    rows, columns = (dilation * (k // 2) for k in size)
+    between = apply(inner, F.pad(x, (columns, columns, rows, rows)), groups=groups)
+    expected = F.conv2d(between, outer.kernel, outer.bias, stride, 0, dilation, groups)
+    how = {"groups": groups, "dilation": dilation, "stride": stride}
+    torch.testing.assert_close(apply(inner.then(outer, groups), x, **how), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_identity_map_is_the_identity(groups: int) -> None:
     x = torch.randn(2, 8, 5, 3, dtype=torch.float64)
@@ -72,6 +93,10 @@ def test_even_kernels_wrong_biases_and_foreign_shapes_are_refused() -> None:
         Affine(torch.zeros(2, 2), torch.zeros(2))
     with pytest.raises(ValueError, match="not of one block"):
         _ = Affine(torch.zeros(2, 2, 3, 3), torch.zeros(2)) + Affine(torch.zeros(2, 1, 1, 1), torch.zeros(2))
+    with pytest.raises(ValueError, match="only a 1x1 kernel"):
+        Affine(torch.zeros(2, 2, 3, 3), torch.zeros(2)).then(Affine(torch.zeros(2, 2, 1, 1), torch.zeros(2)))
+    with pytest.raises(ValueError, match="2 outputs for a kernel"):
+        Affine(torch.zeros(2, 2, 1, 1), torch.zeros(2)).then(Affine(torch.zeros(2, 4, 3, 3), torch.zeros(2)))
     with pytest.raises(ValueError, match="kernel_size=2 is not odd"):
         ConvBN(ConvShape(2, 2), kernel_size=2)
 

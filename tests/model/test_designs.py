@@ -2,6 +2,7 @@
 
 import itertools
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,13 @@ from repvgg.model import (
     Dirac,
     Identity,
     NotAffineError,
+    PointwiseAverage,
+    PointwiseConv,
     RepVGG,
     count_parameters,
     equivalence,
+    load_weights,
+    read_weights,
     to_deploy,
 )
 from support.networks import randomize
@@ -86,6 +91,32 @@ def test_a_network_trains_converts_and_is_diagnosed(name: str) -> None:
     found = diagnose(block)
     shares = [float(found[kind]["share"]) for kind in kinds(block) if "share" in found[kind]]
     assert not shares or sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_checkpoint_of_every_design_is_read_back(name: str, tmp_path: Path) -> None:
+    def made() -> RepVGG:
+        return RepVGG((1, 1, 2, 1), 0.125, 0.0625, design(name)["branches"], block_norm=design(name)["norm"])
+
+    net, other = randomize(made()), made()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    load_weights(other, read_weights(tmp_path / "net.pt"))
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dirac", "relu_branch", "dbb"])
+def test_new_branches_train_in_bfloat16(name: str) -> None:
+    block = block_of(name, ConvShape(8, 8)).float()
+    x = torch.randn(2, 8, 7, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    y.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+    block.eval()
+    with torch.no_grad():
+        exact = block(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (block(x) - exact).norm() < 0.02 * exact.norm()
 
 
 def test_acb_sums_a_square_a_row_and_a_column() -> None:
@@ -195,6 +226,53 @@ def test_what_cannot_become_one_convolution_is_said_before_training() -> None:
     metrics, line = described("full")
     assert "deploy/layers_not_fused" not in metrics
     assert "cannot" not in line
+
+
+def padded_with(y: Tensor, bias: Tensor) -> Tensor:
+    """One pixel more on every side, which holds ``bias``: written as four explicit borders around a copy."""
+    n, channels, height, width = y.shape
+    framed = bias[None, :, None, None].expand(n, channels, height + 2, width + 2).clone()
+    framed[:, :, 1:-1, 1:-1] = y
+    return framed
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dbb_is_its_four_branches_with_explicit_borders(shape: ConvShape) -> None:
+    block = randomize(block_of("dbb", shape)).eval()
+    assert list(kinds(block)) == ["conv3x3", "conv1x1", "PointwiseConv", "PointwiseAverage"]
+    square, point, sequence, average = block.branches
+    x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
+    s, g = shape.stride, shape.groups
+
+    def at_the_border(bn: nn.BatchNorm2d) -> Tensor:  # what the BatchNorm makes of zero
+        return batch_norm(torch.zeros(bn.num_features, 1, 1, dtype=torch.float64), bn)[:, 0, 0]
+
+    with torch.no_grad():
+        sequence.first.conv.weight.normal_()
+        expected = batch_norm(F.conv2d(x, square.conv.weight, None, s, 1, 1, g), square.bn)
+        expected = expected + batch_norm(F.conv2d(x, point.conv.weight, None, s, 0, 1, g), point.bn)
+        inner = batch_norm(F.conv2d(x, sequence.first.conv.weight, groups=g), sequence.first.bn)
+        inner = padded_with(inner, at_the_border(sequence.first.bn))
+        expected = expected + batch_norm(F.conv2d(inner, sequence.conv.weight, stride=s, groups=g), sequence.bn)
+        inner = batch_norm(F.conv2d(x, average.first.conv.weight, groups=g), average.first.bn)
+        windows = padded_with(inner, at_the_border(average.first.bn)).unfold(2, 3, s).unfold(3, 3, s)
+        expected = expected + batch_norm(windows.mean((-1, -2)), average.bn)
+        assert close(block(x), expected.relu())
+        assert close(to_deploy(block)(x), expected.relu())
+    assert count_parameters(to_deploy(block)) == 9 * 8 // g * shape.out_channels + shape.out_channels
+
+
+def test_dbb_starts_from_an_identity_and_dilates_where_it_can() -> None:
+    sequence = PointwiseConv(ConvShape(6, 8, groups=2))
+    x = torch.randn(1, 6, 4, 4)
+    assert torch.equal(sequence.first.conv(x), x)
+    block = randomize(Block(ConvShape(4, 6, 2, dilation=2), [ConvBN, PointwiseConv]).double())
+    assert equivalence(block, to_deploy(block), torch.randn(2, 4, 9, 8)).rel_l2 < 1e-10
+    with pytest.raises(ValueError, match="dilation=2"):
+        PointwiseAverage(ConvShape(4, 4, dilation=2))
+    for kind in (PointwiseConv, PointwiseAverage):
+        with pytest.raises(ValueError, match="kernel_size=2 is not odd"):
+            kind(ConvShape(4, 4), kernel_size=2)
 
 
 def test_where_the_batchnorms_are() -> None:

@@ -60,6 +60,8 @@ DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
     "relu_branch": lambda i, o, s: 9 * i * o + i * o + 4 * o + 2 * o * s,
     "dirac": lambda i, o, s: 9 * i * o + o + o * s + 2 * o,
     "acb": lambda i, o, s: (9 + 3 + 3) * i * o + 6 * o,
+    # 3×3; 1×1; 1×1 of input channels, then 3×3; 1×1, then average
+    "dbb": lambda i, o, s: (9 * i * o + i * o) + (i * i + 9 * i * o) + i * o + (4 * o + (2 * i + 2 * o) + 4 * o),
     "qarepvgg": lambda i, o, s: 9 * i * o + i * o + 4 * o,
     "mobileone": lambda i, o, s: (4 * 9 + 1) * i * o + 10 * o + 2 * o * s,
 }

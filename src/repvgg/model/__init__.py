@@ -7,6 +7,7 @@ from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Iden
 from repvgg.model.convert import Equivalence, equivalence, not_fused, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.dirac import Dirac
+from repvgg.model.diverse import PointwiseAverage, PointwiseConv
 from repvgg.model.network import RepVGG
 from repvgg.model.weights import (
     Weights,
@@ -32,6 +33,8 @@ __all__ = [
     "FusedBlock",
     "Identity",
     "NotAffineError",
+    "PointwiseAverage",
+    "PointwiseConv",
     "RepVGG",
     "SqueezeExcite",
     "Summand",

@@ -1,7 +1,8 @@
 """The algebra of re-parameterization: pure functions on the affine maps that a block's branches are.
 
 Every re-parameterizable thing is ``x -> conv2d(x, kernel, padding=dilation * (k // 2)) + bias`` (paper, section 3.3,
-Figure 4). Two such maps add, and one of them followed by an eval-mode batch normalisation is another: that is all.
+Figure 4). Two such maps add, one of them followed by an eval-mode batch normalisation is another, and so is a 1×1 map
+followed by any: that is all.
 
 Letters: O output channels, I input channels, g groups, k kernel size (odd).
 """
@@ -63,6 +64,32 @@ class Affine:
     def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
         """This map followed by ``y -> scale * y + shift`` per output channel (scale, shift: O)."""
         return Affine(self.kernel * scale[:, None, None, None], self.bias * scale + shift)
+
+    def then(self, outer: Affine, groups: int = 1) -> Affine:
+        """This pointwise map followed by ``outer``, whose input is padded with this bias (DBB, arXiv 2103.13425, 3.2).
+
+        This map's output over an image continued with zeros is its bias there; so padded, ``outer`` sees what it would
+        see if only the image were padded. Padded with zeros, the borders would be another function, and no convolution.
+
+        Args:
+            outer: of as many input channels as this map has outputs.
+            groups: of both maps.
+
+        Raises:
+            ValueError: a kernel of this map larger than 1×1, or channels that do not fit.
+        """
+        if self.kernel.shape[2:] != (1, 1):
+            raise ValueError(f"only a 1x1 kernel is composed with another, this one is {tuple(self.kernel.shape)}")
+        if self.kernel.shape[0] != outer.kernel.shape[1] * groups:
+            raise ValueError(
+                f"{self.kernel.shape[0]} outputs for a kernel {tuple(outer.kernel.shape)} of groups={groups}"
+            )
+        # m: the channels in between, of one group.
+        first = self.kernel[:, :, 0, 0].unflatten(0, (groups, -1))
+        second = outer.kernel.unflatten(0, (groups, -1))
+        kernel = torch.einsum("gmi,gomhw->goihw", first, second).flatten(0, 1)
+        bias = torch.einsum("gm,gomhw->go", self.bias.unflatten(0, (groups, -1)), second).flatten()
+        return Affine(kernel, bias + outer.bias)
 
     def then_norm(self, norm: nn.Module) -> Affine:
         """This map followed by ``norm`` as it is in eval mode (equation 3); ``nn.Identity`` changes nothing."""
