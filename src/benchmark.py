@@ -37,8 +37,12 @@ def draw(rates: "list[Rate]", path: Path) -> None:
 
 def loader(arguments: argparse.Namespace) -> str:
     """Images per CPU-second of the training and validation loaders against what they are compared with."""
-    from repvgg.data import benchmark
+    import torch
 
+    from repvgg.data import benchmark
+    from repvgg.learn.devices import device_name
+
+    processor = device_name(torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
         photos, betons = Path(scratch) / "photos", Path(scratch) / "betons"
         if arguments.photos is None:
@@ -52,7 +56,7 @@ def loader(arguments: argparse.Namespace) -> str:
         parts = [
             "# The loader, measured",
             f"`python src/benchmark.py {' '.join(sys.argv[1:])}`",
-            f"{benchmark.environment(bench)}, n = {arguments.rounds} rounds in which the lines take turns.",
+            f"{benchmark.environment(bench, processor)}, n = {arguments.rounds} rounds in which the lines take turns.",
             benchmark.comparison_table(rates),
             f"Start-up in a fresh process, median of {arguments.rounds}:",
             benchmark.start_up_table(bench, arguments.rounds),

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -180,7 +180,8 @@ class Bench:
 
     def beton(self, storage: Storage) -> Path:
         """The file, written at the first call."""
-        path = self.directory / f"{storage.name.replace(' ', '_').replace(',', '')}.beton"
+        options = "_".join(map(str, astuple(storage.options)))  # two names may mean the same file
+        path = self.directory / f"{options}.beton"
         if not path.is_file():
             write_beton(self.source, path, options=storage.options, progress=False)
         return path
@@ -345,7 +346,7 @@ def start_up_table(bench: Bench, rounds: int) -> str:
     return "\n".join(lines)
 
 
-def environment(bench: Bench) -> str:
+def environment(bench: Bench, processor: str) -> str:
     """One line: what the numbers depend on."""
     kilobytes = float(np.mean([path.stat().st_size for path in bench.files])) / 1e3
     with Image.open(bench.files[0]) as image:
@@ -353,14 +354,6 @@ def environment(bench: Bench) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ffcv", "numba", "pillow", "numpy"))
     return (
         f"{len(bench.files)} photographs of {kilobytes:.0f} KB in the mean (the first is {first}), "
-        f"crops of {bench.size} px, {bench.threads} thread(s) each, {processor()}, "
+        f"crops of {bench.size} px, {bench.threads} thread(s) each, {processor}, "
         f"{len(os.sched_getaffinity(0))} cores allowed, Python {platform.python_version()}, {versions}"
     )
-
-
-def processor() -> str:
-    """The CPU's name, as the kernel tells it."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0] if names else platform.machine()

@@ -52,7 +52,7 @@ def _keep_precompiled() -> None:
     """Teach FFCV's compiler to leave alone functions that carry `precompiled = True`.
 
     FFCV compiles every operation anew in every process, seconds each, because its functions are closures that
-    numba cannot cache. Ours call a cached numba function, so there is nothing left to compile. The stage function
+    numba cannot cache. Ours are Python around an extension that is compiled once, at installation. The stage function
     around them is plain Python in FFCV 1.0.2 and can call either kind.
     """
     original = Compiler.compile
