@@ -1,6 +1,7 @@
 """Measure on the machine at hand: `python src/benchmark.py loader`. `--help` has the options."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -100,4 +101,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped: nothing is measured, nothing is left behind", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

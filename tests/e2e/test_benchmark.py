@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,20 @@ def test_a_wrong_value_is_named(arguments: list[str], says: str) -> None:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_it_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "src/benchmark.py", "loader", "--images", "100000", "--output", str(tmp_path / "x.md")]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.rglob("photo.jpg")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said.splitlines() == ["stopped: nothing is measured, nothing is left behind"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
