@@ -15,7 +15,7 @@ from repvgg.cli import (
     fitting_choices,
     key_suggestions,
     logged_config,
-    multirun_name,
+    run_group,
     overrides_of_run,
     prepare_environment,
     quote_paths,
@@ -94,7 +94,7 @@ def main(cfg: DictConfig) -> float | None:
         set_tf32(cfg.tf32)
         quiet_lightning()
         cfg.run.name = cfg.run.name or f"{subject(choices)}-eval"
-        cfg.run.group = cfg.run.group or multirun_name()
+        cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
         if "wandb" in cfg.logger:
             cfg.logger.wandb.job_type = "eval"
 

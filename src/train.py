@@ -13,10 +13,10 @@ from repvgg.cli import (
     fitting_choices,
     key_suggestions,
     logged_config,
-    multirun_name,
     prepare_environment,
     quote_paths,
     recorded,
+    run_group,
     run_name,
 )
 from repvgg.data.manifest import number_of_classes, require_files
@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> float | None:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
-        cfg.run.group = cfg.run.group or multirun_name()
+        cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
 
         module = instantiate(cfg.module)
         if cfg.init_from is not None:

@@ -142,8 +142,11 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
 def subject(choices: Mapping[str, str]) -> str:
     """What a run is about: B0-id, and B0-id-digits where the data is not ImageNet."""
     model = choices["model"].removeprefix("repvgg_")
-    data = [] if choices["data"] == "imagenet" else [choices["data"]]
-    return "-".join([model[0].upper() + model[1:], choices["ablation"], *data])
+    return _on_data(f"{model[0].upper()}{model[1:]}-{choices['ablation']}", choices)
+
+
+def _on_data(name: str, choices: Mapping[str, str]) -> str:
+    return name if choices["data"] == "imagenet" else f"{name}-{choices['data']}"
 
 
 def run_name(choices: Mapping[str, str], seed: int) -> str:
@@ -151,8 +154,10 @@ def run_name(choices: Mapping[str, str], seed: int) -> str:
     return f"{subject(choices)}-s{seed}"
 
 
-def multirun_name() -> str | None:
-    """The last two folders of the multirun that started this process, which its runs are grouped by."""
+def run_group(choices: Mapping[str, str], experiment: str | None) -> str | None:
+    """The experiment, as in table6 or table6-digits; else the last two folders of the multirun, if it is one."""
+    if experiment is not None:
+        return _on_data(experiment, choices)
     directory = os.environ.get("MULTIRUN_DIR")
     return "/".join(Path(directory).parts[-2:]) if directory else None
 
