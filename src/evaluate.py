@@ -15,11 +15,11 @@ from repvgg.cli import (
     fitting_choices,
     key_suggestions,
     logged_config,
-    run_group,
     overrides_of_run,
     prepare_environment,
     quote_paths,
     recorded,
+    run_group,
     subject,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
