@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.wandb_server import wandb_server  # noqa: F401  # a fixture for all rooms
+
 ROOT = Path(__file__).parents[1]
 # Real processes started by tests find the package and the tests' own helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
