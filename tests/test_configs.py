@@ -13,7 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from repvgg.cli import ROOT, logged_config, prepare_environment, run_name
 from repvgg.model import Block, count_parameters, to_deploy
 from repvgg.report.table import load_paper
-from support.paper import ABLATION_TRAIN_PARAMS, DESIGN_DEPLOY_PARAMS, DESIGN_TRAIN_PARAMS, VARIANTS, layers
+from support.paper import (
+    ABLATION_TRAIN_PARAMS,
+    DESIGN_DEPLOY_PARAMS,
+    DESIGN_TRAIN_PARAMS,
+    PROJECTION_CHANNELS,
+    PROJECTION_KERNELS,
+    VARIANTS,
+    layers,
+)
 
 CONF = ROOT / "conf"
 
@@ -65,14 +73,16 @@ def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -
         module = instantiate(cfg.module)
     assert isinstance(module, pl.LightningModule)
     expected = VARIANTS[model.removeprefix("repvgg_")]
+    projections = ablation == "residual_reorg"  # beside the layers
     if ablation == "full":
         assert count_parameters(module.net) == expected.train_params
     elif ablation in ABLATION_TRAIN_PARAMS:
         assert count_parameters(module.net) == ABLATION_TRAIN_PARAMS[ablation]
     else:
         of_blocks = sum(DESIGN_TRAIN_PARAMS[ablation](*layer) for layer in layers(expected))
+        of_blocks += projections * (PROJECTION_KERNELS + 2 * PROJECTION_CHANNELS)
         assert count_parameters(module.net) == of_blocks + 1000 * (1280 + 1)
-    deploy_params = expected.deploy_params
+    deploy_params = expected.deploy_params + projections * (PROJECTION_KERNELS + PROJECTION_CHANNELS)
     if ablation in DESIGN_DEPLOY_PARAMS:
         deploy_params = sum(DESIGN_DEPLOY_PARAMS[ablation](*layer) for layer in layers(expected)) + 1000 * (1280 + 1)
     assert count_parameters(to_deploy(module.net)) == deploy_params
@@ -80,11 +90,21 @@ def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -
 
 def test_table_7_is_of_ablations_that_exist() -> None:
     rows = load_paper(ROOT / "experiments" / "table7.yaml").ablations
-    assert rows.keys() - {"residual_reorg"} <= set(options("ablation"))
+    assert rows.keys() <= set(options("ablation"))
     commands = OmegaConf.load(ROOT / "experiments" / "table7.yaml").commands
     for command in commands.values():
         named = command.split("ablation=")[1].split()[0].split(",")
-        assert set(named) == rows.keys() - {"residual_reorg"}
+        assert set(named) == rows.keys()
+
+
+@pytest.mark.parametrize("table", ["table6", "table7"])
+def test_an_experiment_sweeps_the_rows_of_its_table(table: str) -> None:
+    content, experiment = (OmegaConf.load(ROOT / d / f"{table}.yaml") for d in ("experiments", "conf/experiment"))
+    group = "model" if "models" in content.paper else "ablation"
+    rows = content.paper[f"{group}s"]
+    assert dict(experiment.hydra.sweeper.params) == {group: ",".join(map(str, rows))}
+    assert experiment.experiment == table
+    assert content.cost.runs == len(rows)
 
 
 def test_the_data_says_classes_and_stem() -> None:

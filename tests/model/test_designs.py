@@ -3,6 +3,7 @@
 import itertools
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,11 @@ def design(name: str) -> dict:
     return instantiate(yaml.safe_load((ROOT / "conf" / "ablation" / f"{name}.yaml").read_text()), _convert_="all")
 
 
+def net_of(name: str, depths: tuple[int, ...] = (1, 2, 2, 1), **options: Any) -> RepVGG:
+    node = design(name)
+    return RepVGG(depths, 0.125, 0.0625, node["branches"], block_norm=node["norm"], stage=node.get("stage"), **options)
+
+
 def block_of(name: str, shape: ConvShape) -> Block:
     torch.manual_seed(0)
     return Block(shape, design(name)["branches"], norm=design(name)["norm"]).double()
@@ -80,14 +86,13 @@ def test_the_deploy_form_is_the_function_that_was_trained(name: str, shape: Conv
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_network_trains_converts_and_is_diagnosed(name: str) -> None:
     torch.manual_seed(0)
-    node = design(name)
-    net = RepVGG((1, 2, 2, 1), 0.125, 0.0625, node["branches"], block_norm=node["norm"], num_classes=5, groups=2)
+    net = net_of(name, num_classes=5, groups=2)
     net.to(memory_format=torch.channels_last)
     images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     F.cross_entropy(net(images), torch.arange(4)).backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
     assert equivalence(net, to_deploy(net), images, dtype=torch.float32).rel_l2 < 1e-4
-    block = net.stages[1][1]
+    block = net.stages[1].get_submodule("1")
     found = diagnose(block)
     shares = [float(found[kind]["share"]) for kind in kinds(block) if "share" in found[kind]]
     assert not shares or sum(shares) == pytest.approx(1, abs=1e-4)
@@ -95,10 +100,7 @@ def test_a_network_trains_converts_and_is_diagnosed(name: str) -> None:
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_checkpoint_of_every_design_is_read_back(name: str, tmp_path: Path) -> None:
-    def made() -> RepVGG:
-        return RepVGG((1, 1, 2, 1), 0.125, 0.0625, design(name)["branches"], block_norm=design(name)["norm"])
-
-    net, other = randomize(made()), made()
+    net, other = randomize(net_of(name)), net_of(name)
     torch.save(net.state_dict(), tmp_path / "net.pt")
     load_weights(other, read_weights(tmp_path / "net.pt"))
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items())
@@ -215,7 +217,7 @@ def test_branches_without_a_relu_are_one_convolution_beside_the_others() -> None
 
 def test_what_cannot_become_one_convolution_is_said_before_training() -> None:
     def described(name: str) -> tuple[dict[str, float], str]:
-        net = RepVGG((1, 2, 2, 1), 0.125, 0.0625, design(name)["branches"], block_norm=design(name)["norm"])
+        net = net_of(name)
         metrics = describe(net, (3, 32, 32))
         module = Classifier(net, num_classes=1000, optimizer=torch.optim.SGD, lr=0.1, lr_batch=8, batch_size=8)
         return metrics, introduction("x", metrics, module, 8, 1)
@@ -223,8 +225,12 @@ def test_what_cannot_become_one_convolution_is_said_before_training() -> None:
     metrics, line = described("relu_branch")
     assert metrics["deploy/layers_not_fused"] == 7
     assert "7 layers cannot become one convolution" in line
-    metrics, line = described("full")
+    metrics, line = described("residual_reorg")
+    assert metrics["deploy/shortcuts"] == 2
     assert "deploy/layers_not_fused" not in metrics
+    assert "its 2 shortcuts stay when deployed" in line
+    metrics, line = described("full")
+    assert not {"deploy/layers_not_fused", "deploy/shortcuts"} & metrics.keys()
     assert "cannot" not in line
 
 

@@ -64,6 +64,7 @@ DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
     "dbb": lambda i, o, s: (9 * i * o + i * o) + (i * i + 9 * i * o) + i * o + (4 * o + (2 * i + 2 * o) + 4 * o),
     "qarepvgg": lambda i, o, s: 9 * i * o + i * o + 4 * o,
     "mobileone": lambda i, o, s: (4 * 9 + 1) * i * o + 10 * o + 2 * o * s,
+    "residual_reorg": lambda i, o, s: 9 * i * o + 2 * o,
 }
 
 #: Of one block's deploy form, where that is not a convolution with bias, 9 i o + o: one per branch, and a factor and a
@@ -71,3 +72,6 @@ DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
 DESIGN_DEPLOY_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
     "relu_branch": lambda i, o, s: 9 * i * o + i * o + 2 * o + 2 * o * s
 }
+
+#: Of B0's three projections (Residual Reorg): the 1×1 kernels, and their output channels.
+PROJECTION_KERNELS, PROJECTION_CHANNELS = 64 * 64 + 64 * 128 + 128 * 256, 64 + 128 + 256

@@ -13,7 +13,7 @@ import torch
 from repvgg.learn.devices import device_name
 from repvgg.learn.logging import RunLogger
 from repvgg.learn.module import Classifier
-from repvgg.model import count_macs, count_parameters, not_fused, to_deploy
+from repvgg.model import count_macs, count_parameters, count_shortcuts, not_fused, to_deploy
 
 #: What a sweep maximises: the best checkpoint's.
 OBJECTIVE = "test/deploy/top1"
@@ -22,16 +22,18 @@ OBJECTIVE = "test/deploy/top1"
 def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``).
 
-    ``deploy/layers_not_fused`` is there where layers cannot become one convolution each.
+    ``deploy/layers_not_fused`` is there where layers cannot become one convolution each, ``deploy/shortcuts`` where
+    shortcuts across layers stay.
     """
     deploy = to_deploy(net)
-    layers = len(not_fused(deploy))
+    layers, shortcuts = len(not_fused(deploy)), count_shortcuts(deploy)
     return {
         "params/train_form": count_parameters(net),
         "params/deploy": count_parameters(deploy),
         "macs/train_form": count_macs(net, input_size),
         "macs/deploy": count_macs(deploy, input_size),
         **({"deploy/layers_not_fused": layers} if layers else {}),
+        **({"deploy/shortcuts": shortcuts} if shortcuts else {}),
     }
 
 
@@ -87,6 +89,9 @@ def introduction(name: str, metrics: Mapping[str, float], module: Classifier, ba
     """One line on what is about to be trained."""
     layers = metrics.get("deploy/layers_not_fused")
     unfused = f"; {layers:.0f} layers cannot become one convolution, so each deploys as several" if layers else ""
+    shortcuts = metrics.get("deploy/shortcuts")
+    if shortcuts:
+        unfused += f"; its {shortcuts:.0f} shortcuts stay when deployed: no plain stack of convolutions"
     trained, deployed = (metrics[f"params/{form}"] / 1e6 for form in ("train_form", "deploy"))
     return (
         f"{name}: {trained:.2f} M parameters, {deployed:.2f} M deployed ({metrics['macs/deploy'] / 1e9:.3g} GMACs); "

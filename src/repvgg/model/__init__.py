@@ -8,7 +8,8 @@ from repvgg.model.convert import Equivalence, equivalence, not_fused, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.dirac import Dirac
 from repvgg.model.diverse import PointwiseAverage, PointwiseConv
-from repvgg.model.network import RepVGG
+from repvgg.model.network import RepVGG, StageFactory
+from repvgg.model.residual import ResidualStage, count_shortcuts
 from repvgg.model.weights import (
     Weights,
     WeightsMismatchError,
@@ -36,12 +37,15 @@ __all__ = [
     "PointwiseAverage",
     "PointwiseConv",
     "RepVGG",
+    "ResidualStage",
     "SqueezeExcite",
+    "StageFactory",
     "Summand",
     "Weights",
     "WeightsMismatchError",
     "count_macs",
     "count_parameters",
+    "count_shortcuts",
     "count_winograd_muls",
     "equivalence",
     "fits",

@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.shape = shape
         self.norm = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
         self.se = SqueezeExcite(shape.out_channels, se_hidden) if se_hidden else nn.Identity()
-        self.activation = nn.ReLU()
+        self.activation: nn.Module = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""

@@ -86,7 +86,10 @@ def _cast(affine: Affine, block: Block) -> Affine:
 
 
 def not_fused(deployed: nn.Module) -> list[str]:
-    """The layers of a deploy form that are more than one convolution, because a branch has a nonlinearity."""
+    """The layers of a deploy form that are more than one convolution, because a branch has a nonlinearity.
+
+    Shortcuts across layers are not of a layer: see :func:`repvgg.model.count_shortcuts`.
+    """
     return [name for name, module in deployed.named_modules() if isinstance(module, FoldedBlock)]
 
 

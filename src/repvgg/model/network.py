@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from repvgg.model.branches import BranchFactory, ConvShape
 
 #: Grouped layers are the 2nd, 4th, … 26th after the stem (paper, section 3.4), whatever stage they fall in.
 LAST_GROUPED_LAYER = 26
+
+#: Makes a stage of its layers, from N × channels × H × W to the last layer's shape.
+StageFactory = Callable[[Sequence[Block]], nn.Module]
 
 
 class RepVGG(nn.Module):
@@ -24,6 +27,7 @@ class RepVGG(nn.Module):
         groups: of the 3×3 and 1×1 convolutions of every second block (B1g2, B1g4 …).
         squeeze_excite: SE of hidden width C // 16 before every ReLU (D2se).
         block_norm: a BatchNorm after the branches' sum.
+        stage: makes each of stages 1–4 of its layers; None: one layer after another.
         num_classes: outputs of the linear head.
         in_channels: of the images.
         strides: of the first block of stages 0–4; (2, 2, 2, 2, 2) on 224 px gives 7 × 7, a smaller first stride
@@ -33,7 +37,7 @@ class RepVGG(nn.Module):
         N × in_channels × H × W to logits N × num_classes.
 
     Raises:
-        ValueError: lists of the wrong length, or values below 1.
+        ValueError: lists of the wrong length, values below 1, or a depth that ``stage`` refuses.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class RepVGG(nn.Module):
         groups: int = 1,
         squeeze_excite: bool = False,
         block_norm: bool = False,
+        stage: StageFactory | None = None,
         num_classes: int = 1000,
         in_channels: int = 3,
         strides: Sequence[int] = (2, 2, 2, 2, 2),
@@ -74,10 +79,13 @@ class RepVGG(nn.Module):
             return made
 
         self.stem = block(min(64, widths[0]), strides[0])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(block(width, stride if i == 0 else 1) for i in range(depth)))
-            for width, depth, stride in zip(widths, depths, strides[1:], strict=True)
-        )
+        self.stages = nn.ModuleList()
+        for number, (width, depth, stride) in enumerate(zip(widths, depths, strides[1:], strict=True), start=1):
+            layers = [block(width, stride if i == 0 else 1) for i in range(depth)]
+            try:
+                self.stages.append(nn.Sequential(*layers) if stage is None else stage(layers))
+            except ValueError as error:
+                raise ValueError(f"depths={list(depths)}: stage {number}: {error}") from error
         self.head = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 Form = Literal["train", "deploy"]
 Head = Literal["keep", "fresh"]
 
-#: A block of our naming, a part of it, and the tensor.
-OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+))\.((?:branches|conv|se|norm)(?:\..+)?)\.(\w+)")
+#: A block of our naming (a residual stage's projection, too), a part of it, and the tensor.
+OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+|shortcut))\.((?:branches|conv|se|norm)(?:\..+)?)\.(\w+)")
 #: The parts of a block whose names every implementation has its own of.
 CONV3, BN3, CONV1, BN1 = "branches.3x3.conv", "branches.3x3.bn", "branches.1x1.conv", "branches.1x1.bn"
 IDENTITY, FUSED, SE_DOWN, SE_UP = "branches.identity.bn", "conv", "se.down", "se.up"
@@ -52,7 +52,7 @@ class Naming:
         if ours.startswith("head."):
             return f"{self.head}.{ours.removeprefix('head.')}"
         found = OUR_KEY.fullmatch(ours)
-        if found is None or found[4] not in self.parts:
+        if found is None or found[3] == "shortcut" or found[4] not in self.parts:
             return None
         layer = self.stem
         if found[1] != "stem":
@@ -231,7 +231,9 @@ def same_layers(net: nn.Module, weights: Weights) -> bool:
     def kernels(state: Mapping[str, Tensor]) -> list[torch.Size]:
         found = ((OUR_KEY.fullmatch(key), tensor) for key, tensor in state.items())
         return [
-            tensor.shape for match, tensor in found if match and match[4] in (CONV3, FUSED) and match[5] == "weight"
+            tensor.shape
+            for match, tensor in found
+            if match and match[3] != "shortcut" and match[4] in (CONV3, FUSED) and match[5] == "weight"
         ]
 
     return kernels({names[key]: tensor for key, tensor in own.items()}) == kernels(weights.state)
@@ -396,9 +398,13 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
     """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
     kernels: dict[tuple[int, int], Tensor] = {}  # the first convolution of every layer, by stage and block
     kinds: dict[str, None] = {}
+    shortcuts = False
     for key, tensor in state.items():
         found = OUR_KEY.fullmatch(key)
         if found is None:
+            continue
+        if found[3] == "shortcut":
+            shortcuts = True
             continue
         place = (-1, 0) if found[1] == "stem" else (int(found[2]), int(found[3]))
         if found[4].startswith("branches."):
@@ -418,6 +424,8 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
     ]
     if groups > 1:
         parts.append(f"groups {groups}")
+    if shortcuts:
+        parts.append("shortcuts")
     if any(".se." in key for key in state):
         parts.append("squeeze-and-excitation")
     parts.append(f"{len(state['head.weight'])} classes" if "head.weight" in state else "no classifier")
