@@ -16,19 +16,22 @@ import copy
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import wandb
-
-from repvgg.report.offline import find_offline_runs
+from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 with warnings.catch_warnings():
     # wandb-workspaces 0.4 with pydantic 2
     warnings.filterwarnings("ignore", "Pydantic V1 style `@validator` validators are deprecated", DeprecationWarning)
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
+
+if TYPE_CHECKING:
+    from repvgg.report.runs import Run
 
 #: Config keys, nested: one line or bar of a panel is all runs that have these in common.
 GROUPING = ("choices.ablation", "choices.model")
@@ -38,7 +41,7 @@ X_AXIS = "epoch"
 #: Of a panel grid, in its own units; it is 24 wide.
 WIDTH, HEIGHT, ROW = 8, 8, 3
 #: What the client passes into its own small language without escaping, or changes.
-UNSAFE = re.compile(r"['\"\\=<>\n]")
+UNSAFE = frozenset("'\\=<>")
 
 HOW_TO_READ = (
     "Accuracies are fractions of 1, measured on the validation images; speed is in images per second. *Deploy* is the "
@@ -56,7 +59,8 @@ class Selection:
     Ids show exactly the runs of the table. Groups also show runs that join later.
 
     Attributes:
-        directories: of ids, where their runs lie; an error about a run that is not there yet then names the command.
+        directories: W&B's files of ids; an error about a run that is not in the project yet then names the command.
+        elsewhere: runs of the table that W&B was not told of; the report says so.
 
     Raises:
         ValueError: neither ids nor groups, or a name that W&B's client cannot put into a filter.
@@ -65,6 +69,7 @@ class Selection:
     ids: Sequence[str] = ()
     groups: Sequence[str] = ()
     directories: Mapping[str, Path] = field(default_factory=dict)
+    elsewhere: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -73,10 +78,10 @@ class Selection:
                 "logger=wandb_offline and then `wandb sync`"
             )
         for name in self.names:
-            if not name or UNSAFE.search(name):
+            if not name or UNSAFE & set(name) or not name.isprintable():
                 raise ValueError(
-                    f"W&B's client cannot filter by the name {name!r}: it has none of ' \" \\ = < > and no line break. "
-                    "Train with another run.group=NAME, or publish the runs by their ids"
+                    f"W&B's client cannot filter by {name!r}, only by printable names without any of "
+                    f"{' '.join(sorted(UNSAFE))}. Select the runs by their ids"
                 )
 
     @property
@@ -93,13 +98,21 @@ class Selection:
         return {"name" if self.ids else "group": {"$in": [*self.names]}}
 
 
-def logged_runs(run_dirs: Iterable[str | Path]) -> dict[str, Path]:
-    """W&B's id of each run directory, and the directory of W&B's files: of the latest run, where one was resumed.
-
-    Directories that W&B was not told of are left out.
-    """
-    found = (find_offline_runs(directory) for directory in run_dirs)
-    return {files[-1].stem.removeprefix("run-"): files[-1].parent for files in found if files}
+def select(runs: Iterable[Run]) -> Selection:
+    """These runs by W&B's ids: the last one of a run that was resumed under a new id, which holds its end."""
+    ids: list[str] = []
+    elsewhere: list[str] = []
+    directories: dict[str, Path] = {}
+    for run in runs:
+        if not run.ids:
+            elsewhere.append(run.name)
+            continue
+        identifier = run.ids[-1]
+        ids.append(identifier)
+        # run_dir is the file itself where there is nothing else of the run
+        for file in [run.run_dir] if run.run_dir.is_file() else run.run_dir.rglob(f"run-{identifier}.wandb"):
+            directories[identifier] = file.parent
+    return Selection(ids=ids, directories=directories, elsewhere=elsewhere)
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------
@@ -217,6 +230,7 @@ def build(
     """The report, without a network.
 
     Args:
+        entity: whose project it is; empty for the account's own.
         title: a report of the same title is what `publish` updates.
         metrics: what at least one of the runs logged. A panel of anything else is left out, and the report says so.
         reading: Markdown: what is compared, the differences to which ablation, on what hardware, by what statistics.
@@ -234,7 +248,7 @@ def build(
     blocks: list[Any] = [
         wr.TableOfContents(),
         wr.H1("What is compared"),
-        wr.MarkdownBlock(f"{reading.strip()}\n\n{HOW_TO_READ}{_not_shown(missing)}"),
+        wr.MarkdownBlock(f"{reading.strip()}\n\n{HOW_TO_READ}{_not_shown(missing, runs.elsewhere)}"),
         wr.H1("Table"),
         wr.MarkdownBlock(table.strip()),
     ]
@@ -257,10 +271,13 @@ def build(
     return wr.Report(entity=entity, project=project, title=title, description=description, blocks=blocks, width="fluid")
 
 
-def _not_shown(missing: Collection[str]) -> str:
-    if not missing:
-        return ""
-    return f"\n\nNo run has logged {', '.join(f'`{name}`' for name in sorted(missing))}: no panels of these."
+def _not_shown(missing: Collection[str], elsewhere: Sequence[str]) -> str:
+    text = ""
+    if missing:
+        text += f"\n\nNo run has logged {', '.join(f'`{name}`' for name in sorted(missing))}: no panels of these."
+    if elsewhere:
+        text += f"\n\nIn the table alone, because not logged to W&B: {', '.join(elsewhere)}."
+    return text
 
 
 def _place(i: int, width: int = WIDTH) -> wr.Layout:
@@ -317,9 +334,7 @@ def specification(report: wr.Report, runs: Selection, metrics: Collection[str]) 
         sent = [{k: v for k, v in leaf.items() if k != "connector"} for leaf in runset["filters"].get("filters") or []]
         connectors = {leaf["connector"] for leaf in runset["filters"].get("filters") or [] if "connector" in leaf}
         if sent != meant.get(runset["name"]) or connectors != {"AND"}:
-            raise ValueError(
-                f"Run set {runset['name']!r} would be filtered by {runset['filters']}, not by {runs.query()}"
-            )
+            raise ValueError(f"Run set {runset['name']!r} is not filtered by {runs.query()}: {runset['filters']}")
         if runset["grouping"] not in groups:
             raise ValueError(f"Run set {runset['name']!r} is not grouped by {groups[1]}: {runset['grouping']}")
     unknown = used_metrics(spec) - set(metrics) - {X_AXIS}
@@ -360,20 +375,18 @@ def _runsets(report: wr.Report) -> Iterator[wr.Runset]:
 # --- sending --------------------------------------------------------------------------------------------------------
 
 
-def connect() -> wandb.Api:
-    """W&B's server, with the key of `wandb login`.
-
-    Raises:
-        ValueError: no key, one that the server refuses, or no server.
-    """
+@contextmanager
+def _answers() -> Iterator[None]:
+    """What W&B refuses is a wrong input, such as another's project; it has said why."""
     try:
-        api = wandb.Api()
-        api.viewer  # noqa: B018  # asks the server, once
+        yield
     except wandb.errors.UsageError as error:
         raise ValueError(f"W&B: {error} Then give this command again") from error
-    except wandb.errors.CommError as error:
-        raise ValueError(f"W&B does not answer: {error}. Look at the network, and at WANDB_BASE_URL") from error
-    return api
+    except (wandb.errors.CommError, WandbApiFailedError) as error:
+        raise ValueError(
+            f"W&B does not answer, or refuses: {str(error).rstrip('.')}. Look at the network, at entity= and project=, "
+            "and at the account (wandb login --relogin)"
+        ) from error
 
 
 def publish(report: wr.Report, runs: Selection, metrics: Collection[str]) -> str:
@@ -382,38 +395,44 @@ def publish(report: wr.Report, runs: Selection, metrics: Collection[str]) -> str
     An updated report keeps its id, its comments and its authors; all its blocks are replaced.
 
     Args:
+        report: as `build` made it; its run sets get their project, and it the account's entity if it has none.
         runs, metrics: as given to `build`.
 
     Raises:
-        ValueError: what `specification` and `connect` raise, runs that the project does not have, or several reports
-            of the title. Nothing has been sent then.
+        ValueError: what `specification` raises, no key, a server that refuses, runs that the project does not have, or
+            several reports of the title. Nothing has been saved then.
     """
     specification(report, runs, metrics)
-    api = connect()
-    path = f"{report.entity}/{report.project}"
-    _require_runs(api, path, runs)
-    same = [other for other in api.reports(path) if other.display_name == report.title]
-    if len(same) > 1:
-        addresses = ", ".join(str(other.url) for other in same)
-        raise ValueError(f"{path} has {len(same)} reports titled {report.title!r}: delete all but one of {addresses}")
-    target = report
-    if same:
-        target = wr.Report.from_url(str(same[0].url))
-        target.blocks, target.description, target.width = report.blocks, report.description, report.width
-    for runset in _runsets(target):
-        runset.entity, runset.project = report.entity, report.project
-    return str(target.save().url)
+    with _answers():
+        api = wandb.Api()
+        report.entity = report.entity or str(api.default_entity)
+        path = f"{report.entity}/{report.project}"
+        _require_runs(api, path, runs)
+        same = [other for other in api.reports(path) if other.display_name == report.title]
+        if len(same) > 1:
+            urls = ", ".join(str(other.url) for other in same)
+            raise ValueError(f"{path} has {len(same)} reports titled {report.title!r}: delete all but one of {urls}")
+        target = report
+        if same:
+            target = wr.Report.from_url(str(same[0].url))
+            target.blocks, target.description, target.width = report.blocks, report.description, report.width
+        for runset in _runsets(target):
+            runset.entity, runset.project = report.entity, report.project
+        return str(target.save().url)
 
 
 def _require_runs(api: wandb.Api, path: str, runs: Selection) -> None:
-    found = api.runs(path, filters=runs.query())
-    there = {run.id if runs.ids else run.group for run in found} if len(found) else set()
+    try:
+        there = {run.id if runs.ids else run.group for run in api.runs(path, filters=runs.query())}
+    except ValueError:  # there is no such project
+        there = set()
     missing = [name for name in runs.names if name not in there]
     if missing:
-        directories = [str(runs.directories[name]) for name in missing if name in runs.directories]
         kind = "runs" if runs.ids else "runs of the groups"
+        entity, project = path.split("/")
+        directories = [str(runs.directories[name]) for name in missing if name in runs.directories]
         raise ValueError(
-            f"W&B's project {path} does not have the {kind} {', '.join(missing)}. "
-            f"Upload offline runs with: wandb sync -p {path.split('/')[1]} -e {path.split('/')[0]} "
-            f"{' '.join(directories) or 'RUN_DIRECTORY/wandb/offline-run-*'}. Or name another entity= and project="
+            f"W&B's project {path} does not have the {kind} {', '.join(missing)}. Name another entity= and project=, "
+            f"or upload offline runs: wandb sync -e {entity} -p {project} "
+            f"{' '.join(directories) or 'RUN_DIRECTORY/wandb/offline-run-*'}"
         )
