@@ -106,7 +106,7 @@ def test_a_checkpoint_of_every_design_is_read_back(name: str, tmp_path: Path) ->
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dirac", "relu_branch", "dbb"])
+@pytest.mark.parametrize("name", ["dirac", "relu_branch", "dbb", "orepa"])
 def test_new_branches_train_in_bfloat16(name: str) -> None:
     block = block_of(name, ConvShape(8, 8)).float()
     x = torch.randn(2, 8, 7, 10)

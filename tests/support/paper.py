@@ -64,6 +64,8 @@ DESIGN_TRAIN_PARAMS: dict[str, Callable[[int, int, bool], int]] = {
     "dbb": lambda i, o, s: (9 * i * o + i * o) + (i * i + 9 * i * o) + i * o + (4 * o + (2 * i + 2 * o) + 4 * o),
     "qarepvgg": lambda i, o, s: 9 * i * o + i * o + 4 * o,
     "mobileone": lambda i, o, s: (4 * 9 + 1) * i * o + 10 * o + 2 * o * s,
+    # six scales and a BN; 3×3 twice; 1×1 three times, and once of input channels; separable with 8 per input channel
+    "orepa": lambda i, o, s: (6 + 2) * o + 2 * 9 * i * o + 3 * i * o + i * i + 8 * 9 * i + 8 * i * o,
     "residual_reorg": lambda i, o, s: 9 * i * o + 2 * o,
 }
 

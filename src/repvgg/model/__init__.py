@@ -9,6 +9,7 @@ from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.dirac import Dirac
 from repvgg.model.diverse import PointwiseAverage, PointwiseConv
 from repvgg.model.network import RepVGG, StageFactory
+from repvgg.model.orepa import Orepa
 from repvgg.model.residual import ResidualStage, count_shortcuts
 from repvgg.model.weights import (
     Weights,
@@ -34,6 +35,7 @@ __all__ = [
     "FusedBlock",
     "Identity",
     "NotAffineError",
+    "Orepa",
     "PointwiseAverage",
     "PointwiseConv",
     "RepVGG",
