@@ -1,5 +1,7 @@
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from repvgg.report import workspace
-from repvgg.report.runs import Run
+from repvgg.report.runs import Run, read_runs
 from repvgg.report.workspace import Selection, build, publish, select, specification, used_metrics
 from support.wandb_server import ENTITY, WandbServer
 from support.wandb_server import Run as ServerRun
@@ -313,3 +315,38 @@ def test_without_a_key_the_next_step_is_said(
     with pytest.raises(ValueError, match="wandb login"):
         publish(report(), IDS, METRICS)
     assert not with_runs.views
+
+
+# --- of a real run --------------------------------------------------------------------------------------------------
+
+
+def test_an_offline_run_is_uploaded_as_told_and_fills_every_panel(
+    wandb_server: WandbServer, digits: Path, tmp_path: Path
+) -> None:
+    def call(*command: str) -> None:
+        root = Path(__file__).parents[2]
+        subprocess.run([sys.executable, *command], cwd=root, check=True, timeout=250, stdin=subprocess.DEVNULL)
+
+    small = ["model=repvgg_a0", "net.width_a=0.25", "net.width_b=0.25", "bench.warmup=1", "bench.batches=2"]
+    small += ["data=digits", "trainer=cpu", "recipe=quick", "logger=wandb_offline", "bench.batch=8"]
+    call("src/train.py", *small, "trainer.max_epochs=1", f"data.dir={digits}", f"hydra.run.dir={tmp_path / 'run'}")
+    (run,), _ = read_runs([str(tmp_path)])
+    runs = select([run])
+    with pytest.raises(ValueError, match=f"does not have the runs {run.ids[0]}") as error:
+        publish(report(runs, metrics=run.metrics), runs, run.metrics)
+    command = str(error.value).partition("or upload offline runs: wandb ")[2]
+    call("-m", "wandb", *command.split())
+    uploaded = wandb_server.run()
+    assert runs.ids == [uploaded.id]
+
+    logged = uploaded.summary.keys() | {key for row in uploaded.history for key in row}
+    assert workspace.planned_metrics() <= logged
+    assert uploaded.config["choices"].keys() >= {"ablation", "model"}
+    assert "seed" in uploaded.config
+    url = publish(report(runs, metrics=run.metrics), runs, run.metrics)
+    ((identifier, view),) = wandb_server.views.items()
+    assert url.endswith(identifier)
+    spec = of_view(view)
+    assert used_metrics(spec) <= logged
+    assert "No run has logged" not in texts(spec)
+    assert {f"Shares in stage{stage}" for stage in range(1, 5)} <= panels(spec).keys()

@@ -383,8 +383,9 @@ def _answers() -> Iterator[None]:
     except wandb.errors.UsageError as error:
         raise ValueError(f"W&B: {error} Then give this command again") from error
     except (wandb.errors.CommError, WandbApiFailedError) as error:
+        said = " ".join(str(error).split()).rstrip(" .")
         raise ValueError(
-            f"W&B does not answer, or refuses: {str(error).rstrip('.')}. Look at the network, at entity= and project=, "
+            f"W&B does not answer, or refuses: {said}. Look at the network, at entity= and project=, "
             "and at the account (wandb login --relogin)"
         ) from error
 
