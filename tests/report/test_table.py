@@ -27,7 +27,7 @@ def from_markdown(text: str) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def test_the_papers_numbers_are_table_6(paper: table.Paper) -> None:
+def test_the_papers_numbers_are_table_6(make_run: Make, paper: table.Paper) -> None:
     assert {name: row["top1"] for name, row in paper.ablations.items()} == {
         "plain": 0.7239, "id": 0.7479, "1x1": 0.7315, "full": 0.7514,
     }  # fmt: skip
@@ -35,8 +35,10 @@ def test_the_papers_numbers_are_table_6(paper: table.Paper) -> None:
         "plain": 1810, "id": 1569, "1x1": 1230, "full": 1061,
     }  # fmt: skip
     assert (paper.choices, paper.epochs) == ({"model": "repvgg_b0", "data": "imagenet", "recipe": "paper_120"}, 120)
-    assert paper.number("acb", "top1") is None
-    assert paper.number(None, "top1") is None
+    assert (paper.name, paper.setting, paper.speed) == ("Table 6", "B0 on ImageNet, 120 epochs", "train_form")
+    assert paper.number(make_run(0, "id"), "top1") == 0.7479
+    assert paper.number(make_run(1, "acb"), "top1") is None
+    assert paper.number(RunRecord(Path(), "finished"), "top1") is None
 
 
 def test_an_experiment_file_without_the_papers_side_is_refused(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_the_note_on_comparability_appears_for_what_is_not_the_papers_set_up(
     assert not any("comparable" in note for note in table.notes([same], paper))
     other = make_run(1, model="repvgg_a0")
     (note,) = [note for note in table.notes([same, other], paper) if "comparable" in note]
-    assert "B0 on ImageNet at 120 epochs" in note
+    assert "B0 on ImageNet, 120 epochs (Table 6;" in note
     assert note.endswith("not comparable with runs of data digits, model repvgg_a0, recipe quick.")
 
 

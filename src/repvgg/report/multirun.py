@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from repvgg.files import replacing
 from repvgg.report.record import RECORD, RunRecord, read_record
+from repvgg.report.runs import hydra_record
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def summarize(sweep_dir: Path) -> None:
 
         from repvgg.report import table
 
-        paper = table.load_paper()
+        paper = table.paper_of(records)
         frame, notes = table.table(records, paper), table.notes(records, paper)
         table.print_table(frame, notes, Console())
         for name, content in (
@@ -58,7 +59,7 @@ def summarize(sweep_dir: Path) -> None:
     try:
         from repvgg.report import picture, table
 
-        written.append(picture.write_picture(records, table.load_paper(), sweep_dir / "summary.png"))
+        written.append(picture.write_picture(records, table.paper_of(records), sweep_dir / "summary.png"))
     except Exception:
         log.exception(f"The picture of {sweep_dir} failed.")
     for path in written:
@@ -69,7 +70,7 @@ def collect(sweep_dir: Path) -> list[RunRecord]:
     """The records of all jobs of a sweep in job order; a job without a readable one is there and says so."""
     # rglob: an override with a slash in its value makes a directory more, where the name of a job holds overrides
     jobs = {path.parent for name in (RECORD, ".hydra") for path in sweep_dir.rglob(name)}
-    hydra = {job: _hydra_record(job) for job in jobs}
+    hydra = {job: hydra_record(job) for job in jobs}
 
     def order(job: Path) -> tuple[float, str]:
         number = hydra[job].get("number")
@@ -88,19 +89,3 @@ def _record(job: Path, hydra: dict[str, Any]) -> RunRecord:
         return RunRecord(job, "no result", config, error=f"it ended, or was stopped, before it wrote {RECORD}")
     except ValueError as error:
         return RunRecord(job, "unreadable", config, error=str(error))
-
-
-def _hydra_record(job: Path) -> dict[str, Any]:
-    """Number, choices and seed of a job, from what Hydra wrote when it started; as much of it as there is."""
-    from omegaconf import OmegaConf
-
-    found: dict[str, Any] = {}
-    try:
-        hydra = OmegaConf.load(job / ".hydra" / "hydra.yaml")
-        if not OmegaConf.is_missing(hydra.hydra.job, "num"):
-            found["number"] = hydra.hydra.job.num
-        found["choices"] = OmegaConf.to_container(hydra.hydra.runtime.choices)
-        found["seed"] = OmegaConf.select(OmegaConf.load(job / ".hydra" / "config.yaml"), "seed")
-    except FileNotFoundError:
-        pass  # hydra.output_subdir=null, or a job that died early: the name of the directory is left to go by
-    return found

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ class OfflineRun:
     `config` and `summary` are nested where the run logged nested values; a key such as `val/top1` stays one key. A
     metric declared with `define_metric(summary="max")` has the summary `{"max": value}`. `history` has one row per
     logged step in the order of the file, nested values in columns `a.b`, and W&B's own `_step`, `_runtime` and
-    `_timestamp`. `finished` is False for a run that was killed, or is still running: its last seconds may be missing.
+    `_timestamp`. `started` is UTC. `finished` is False for a run that was killed, or is still running: its last seconds
+    may be missing.
     """
 
     id: str
@@ -45,6 +47,7 @@ class OfflineRun:
     summary: dict[str, Any]
     finished: bool
     exit_code: int | None
+    started: datetime | None
 
 
 def find_offline_runs(directory: str | Path) -> list[Path]:
@@ -52,8 +55,8 @@ def find_offline_runs(directory: str | Path) -> list[Path]:
     return sorted(Path(directory).rglob("run-*.wandb"), key=lambda file: (file.parent.name, file))
 
 
-def read_offline_run(path: str | Path) -> OfflineRun:
-    """Reads a `.wandb` file, or the one in a run directory.
+def read_offline_run(path: str | Path, *, history: bool = True) -> OfflineRun:
+    """Reads a `.wandb` file, or the one in a run directory; without its history, which takes longest, if so asked.
 
     Raises ValueError if it is not a W&B file, or if it is damaged elsewhere than at its end. An end torn by a kill
     is left out.
@@ -63,7 +66,7 @@ def read_offline_run(path: str | Path) -> OfflineRun:
     from wandb.proto import wandb_internal_pb2
 
     file = _single_file(Path(path))
-    parts = _Parts(id=file.stem.removeprefix("run-"))
+    parts = _Parts(id=file.stem.removeprefix("run-"), with_history=history)
     for frame in _frames(file):
         record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined,unused-ignore]
         record.ParseFromString(frame)
@@ -79,12 +82,14 @@ def read_offline_run(path: str | Path) -> OfflineRun:
         summary={key: value for key, value in parts.summary.items() if key != "_wandb"},
         finished=parts.finished,
         exit_code=parts.exit_code,
+        started=parts.started,
     )
 
 
 @dataclass
 class _Parts:
     id: str
+    with_history: bool
     name: str = ""
     group: str = ""
     job_type: str = ""
@@ -94,6 +99,7 @@ class _Parts:
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     exit_code: int | None = None
+    started: datetime | None = None
 
     def add(self, record: Any) -> None:
         match record.WhichOneof("record_type"):
@@ -102,13 +108,15 @@ class _Parts:
                 self.id = run.run_id
                 self.name, self.group, self.job_type = run.display_name, run.run_group, run.job_type
                 self.project = run.project
+                if run.HasField("start_time"):
+                    self.started = run.start_time.ToDatetime(UTC)
                 _update(self.config, run.config)
                 _update(self.summary, run.summary)
             case "config":
                 _update(self.config, record.config)
             case "summary":
                 _update(self.summary, record.summary)
-            case "history":
+            case "history" if self.with_history:
                 row = {".".join(_key(item)): json.loads(item.value_json) for item in record.history.item}
                 self.history.append(row)
             case "exit":

@@ -55,7 +55,7 @@ def draw(records: Sequence[RunRecord], paper: Paper) -> Figure:
         name if record.status == "finished" else f"{name}\n({record.status})"
         for name, record in zip(labels(records), records, strict=True)
     ]
-    with_paper = any(paper.number(record.choice("ablation"), "top1") is not None for record in records)
+    with_paper = any(paper.number(record, "top1") is not None for record in records)
     with mpl.rc_context(STYLE):
         figure = Figure(
             figsize=(16, max(5.2, 2.2 + 0.5 * len(records))),
@@ -182,13 +182,13 @@ def _draw_accuracy(axes: Any, records: Sequence[RunRecord]) -> None:
 
 def _draw_paper(axes: Any, records: Sequence[RunRecord], paper: Paper) -> None:
     for i, record in enumerate(records):
-        number = paper.number(record.choice("ablation"), "top1")
+        number = paper.number(record, "top1")
         if number is not None:
             axes.plot(100 * number, i, "D", ms=7, color=GREY)
             text = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 11}
             axes.annotate(f"{100 * number:.2f}", (100 * number, i), color=GREY, **text)
-    axes.set_title("Paper, Table 6", color=GREY)
-    axes.set_xlabel(f"[%] on ImageNet\nB0, {paper.epochs} epochs", color=GREY)
+    axes.set_title(f"Paper, {paper.name}", color=GREY)
+    axes.set_xlabel(f"[%], {paper.setting.replace(', ', chr(10))}", color=GREY)
     axes.grid(color="#E3E6E9")
     _spread(axes)
     axes.set_facecolor("#F6F7F8")

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,9 +24,9 @@ HISTORY = "metrics.csv"
 Status = Literal["finished", "failed", "interrupted"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunRecord:
-    """One run. Accuracies are fractions of 1, throughputs images per second.
+    """One run. Accuracies are fractions of 1, throughputs images per second; `ended` is UTC, None if not known.
 
     `status` is one of `Status`, or what `repvgg.report.multirun` says of a job directory without a readable record.
     """
@@ -36,6 +37,7 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     objective: float | None = None
     error: str | None = None
+    ended: datetime | None = None
 
     def choice(self, group: str) -> str | None:
         """The option chosen from a Hydra config group, such as `ablation`."""
@@ -63,6 +65,7 @@ def write_record(
         "status": status,
         "objective": None if objective is None else float(objective),
         "error": error,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "metrics": {name: float(value) for name, value in metrics.items()},
         "config": config,
     }
@@ -90,6 +93,8 @@ def read_record(path: str | Path) -> RunRecord:
             metrics={name: float(value) for name, value in content["metrics"].items()},
             objective=None if content["objective"] is None else float(content["objective"]),
             error=content["error"],
+            # records had none at first
+            ended=None if content.get("ended") is None else datetime.fromisoformat(content["ended"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

@@ -5,8 +5,9 @@ Files hold accuracies as fractions of 1; every table holds percent, and says so 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,37 +18,97 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-TABLE6 = Path(__file__).parents[3] / "experiments" / "table6.yaml"
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+TABLE6 = EXPERIMENTS / "table6.yaml"
 
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports, per ablation, and under which choices of model, data and recipe it holds."""
+    """What the paper reports in one table, and under which choices of model, data and recipe it holds.
 
+    Its rows are `ablations`, or `models` with the full block.
+    """
+
+    name: str
     choices: Mapping[str, str]
     epochs: int
-    ablations: Mapping[str, Mapping[str, float]]
+    ablations: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def number(self, ablation: str | None, name: str) -> float | None:
-        """`top1` (fraction of 1) or `images_per_s_train_form` of an ablation; None where the paper has none."""
-        return self.ablations.get(ablation or "", {}).get(name)
+    def row(self, record: RunRecord) -> str | None:
+        """The row that a run belongs to."""
+        name = record.choice("ablation" if self.ablations else "model")
+        is_full = bool(self.ablations) or record.choice("ablation") == "full"
+        return name if name in (self.ablations or self.models) and is_full else None
+
+    def number(self, record: RunRecord, name: str) -> float | None:
+        """`top1` (fraction of 1), or `images_per_s_*`, of a run's row; None where the paper has none."""
+        return self.rows.get(self.row(record) or "", {}).get(name)
+
+    @property
+    def rows(self) -> Mapping[str, Mapping[str, float]]:
+        """The table's rows in its order."""
+        return self.ablations or self.models
+
+    @property
+    def speed(self) -> str:
+        """The form whose images/s the table has: `train_form`, `deploy`, or nothing."""
+        forms = ("train_form", "deploy")
+        return next((f for f in forms if any(f"images_per_s_{f}" in row for row in self.rows.values())), "")
+
+    @property
+    def setting(self) -> str:
+        """As in `B0 on ImageNet, 120 epochs`."""
+        model = self.choices.get("model", "").removeprefix("repvgg_").capitalize()
+        return f"{f'{model} on ' if model else ''}ImageNet, {self.epochs} epochs"
 
 
 def load_paper(path: str | Path = TABLE6) -> Paper:
     """Reads the paper's side of an experiment file. ValueError if the file has none."""
     from omegaconf import OmegaConf
 
+    path = Path(path)
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     try:
         paper = content["paper"]
-        choices = {group: paper[group] for group in ("model", "data", "recipe")}
-        ablations = {str(name): numbers for name, numbers in paper["ablations"].items()}
-        return Paper(choices=choices, epochs=content["cost"]["epochs"], ablations=ablations)
+        rows = "ablations" if "ablations" in paper else "models"
+        groups = ("model", "data", "recipe") if rows == "ablations" else ("data", "recipe")
+        return Paper(
+            name=re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem).capitalize(),
+            choices={group: paper[group] for group in groups},
+            epochs=content["cost"]["epochs"],
+            **{rows: {str(name): numbers for name, numbers in paper[rows].items()}},
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} lacks {error}: an experiment file holds cost.epochs and paper.{{model, data, recipe, ablations}}, "
-            "as experiments/table6.yaml does."
+            "as experiments/table6.yaml does, or paper.{data, recipe, models}."
         ) from error
+
+
+def paper_of(records: Sequence[RunRecord], name: str | None = None) -> Paper:
+    """The table of the paper beside which these runs belong.
+
+    The one called `name` (`table7`, a file of `experiments/`); else that of the runs' `experiment`; else the one
+    with the most of their ablations, or of their models where they have one ablation alone. Table 6 where none is
+    better. Raises ValueError for a name that is not there.
+    """
+    papers = {file.stem: file for file in sorted(EXPERIMENTS.glob("table*.yaml"))}
+    named = {record.config.get("experiment") for record in records}
+    if name is None and len(named) == 1:
+        (only,) = named
+        name = only if only in papers else None
+    if name is not None:
+        if name not in papers:
+            raise ValueError(f"paper={name}: experiments/ has {', '.join(papers)}")
+        return load_paper(papers[name])
+    ablations = {record.choice("ablation") for record in records}
+
+    def rows(paper: Paper) -> int:
+        varies = bool(paper.ablations) == (len(ablations) > 1)
+        return varies * len({paper.row(record) for record in records} - {None})
+
+    return max([load_paper(), *map(load_paper, papers.values())], key=rows)
 
 
 # --- columns: the header, and how a number is printed -------------------------------------------------------------
@@ -105,13 +166,13 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
     rows = []
     for record in records:
         train, deploy, _ = top1(record)
-        metrics, ablation = record.metrics, record.choice("ablation")
+        metrics = record.metrics
         rows.append(
             {
                 RUN: record.run_dir.name,
                 STATUS: record.status,
                 MODEL: record.choice("model"),
-                ABLATION: ablation,
+                ABLATION: record.choice("ablation"),
                 SEED: record.config.get("seed"),
                 PARAMS_TRAIN: metrics.get("params/train_form"),
                 PARAMS_DEPLOY: metrics.get("params/deploy"),
@@ -122,8 +183,8 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 SPEED_TRAIN: metrics.get("bench/train_form/images_per_s"),
                 SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
                 SPEED_UP: metrics.get("bench/speedup"),
-                PAPER_TOP1: _times(100, paper.number(ablation, "top1")),
-                PAPER_SPEED: paper.number(ablation, "images_per_s_train_form"),
+                PAPER_TOP1: _times(100, paper.number(record, "top1")),
+                PAPER_SPEED: paper.number(record, "images_per_s_train_form"),
             }
         )
     frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *NUMBERS])
@@ -148,8 +209,8 @@ def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
     )
     if foreign:
         lines.append(
-            f"The paper's columns are B0 on ImageNet at {paper.epochs} epochs (Table 6; one run each, a 1080Ti for the "
-            f"images/s). They are not comparable with runs of {', '.join(foreign)}."
+            f"The paper's columns are of {paper.setting} ({paper.name}; one run each, a 1080Ti for the images/s). They "
+            f"are not comparable with runs of {', '.join(foreign)}."
         )
     unfinished = [record for record in records if record.status == "finished" and top1(record)[2] == "val"]
     if unfinished:
