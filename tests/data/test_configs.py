@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from repvgg.data.manifest import read_manifest
-from repvgg.data.sources import digits
+from repvgg.data.patches import patches
+from repvgg.data.sources import InMemory, digits
 from repvgg.data.transforms import CenterCrop, PadCrop, RandomResizedCrop
 from repvgg.data.verify import read_records
 
@@ -22,7 +24,7 @@ def write_dataset(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "digits", "folder"])
+@pytest.mark.parametrize("name", ["imagenet", "digits", "patches", "folder"])
 def test_data_configs_say_all_there_is_to_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROJECT_ROOT", "/somewhere")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -36,16 +38,21 @@ def test_data_configs_say_all_there_is_to_say(name: str, monkeypatch: pytest.Mon
     assert f"data={name}" in config.write_command
     assert all(0 < value < 255 for value in [*config.mean, *config.std])
     train, val = instantiate(config.train_transform), instantiate(config.val_transform)
-    expected = (PadCrop(32, 4), CenterCrop(32, 1.0)) if name == "digits" else (RandomResizedCrop(224), CenterCrop(224))
-    assert (train, val) == expected
-    assert (config.prepare is None) == (name != "digits")
+    embedded = {"digits": PadCrop(32, 4), "patches": PadCrop(32, 4, flip=True)}
+    if name in embedded:
+        assert (train, val) == (embedded[name], CenterCrop(32, 1.0))
+    else:
+        assert (train, val) == (RandomResizedCrop(224), CenterCrop(224))
+    assert (config.prepare is None) == (name not in embedded)
 
 
-def test_the_constants_of_digits_are_those_of_the_images() -> None:
+@pytest.mark.parametrize("make", [digits, patches])
+def test_the_constants_of_embedded_data_are_those_of_the_images(make: Callable[..., InMemory]) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("write_dataset", overrides=["data=digits"]).data
-    source = digits("train")
+        config = compose("write_dataset", overrides=[f"data={make.__name__}"]).data
+    source = make("train")
     images = np.stack([np.asarray(source[i].image) for i in range(len(source))])
+    assert config.num_classes == len(source.classes)
     # JPEG, through which the constants were measured, moves them a little.
     assert np.allclose(images.mean(axis=(0, 1, 2)), config.mean, atol=1.0)
     assert np.allclose(images.std(axis=(0, 1, 2)), config.std, atol=1.0)

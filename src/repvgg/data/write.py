@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,22 @@ from PIL import features
 from repvgg.data.encode import Bad, StoredAs, WriteOptions
 from repvgg.data.manifest import DatasetMissingError, Manifest, manifest_path, read_manifest
 from repvgg.data.partial import PartialBeton
+from repvgg.data.patches import describe_patches, patches
 from repvgg.data.progress import progress as shown
 from repvgg.data.sources import ImageSource, describe_digits, digits
 from repvgg.data.verify import Records, content_sha256, read_records, verify_beton
 from repvgg.data.workers import WorkerError, encode_all
 
-__all__ = ["OnBad", "WriteError", "WriteOptions", "adopt_beton", "ensure_beton", "ensure_digits", "write_beton"]
+__all__ = [
+    "OnBad",
+    "WriteError",
+    "WriteOptions",
+    "adopt_beton",
+    "ensure_beton",
+    "ensure_digits",
+    "ensure_patches",
+    "write_beton",
+]
 
 log = logging.getLogger(__name__)
 
@@ -293,11 +304,28 @@ def ensure_digits(
     directory: str | Path, image_size: int = 32, val_fraction: float = 0.2, seed: int = 0, jpeg_quality: int = 90
 ) -> None:
     """Write train.beton and val.beton of the embedded digits into `directory`, unless they are there."""
+    settings = (image_size, val_fraction, seed)
+    _ensure_splits(directory, digits, describe_digits, settings, jpeg_quality, seed)
+
+
+def ensure_patches(directory: str | Path, image_size: int = 32, seed: int = 0, jpeg_quality: int = 90) -> None:
+    """Write train.beton and val.beton of the embedded photographs' patches into `directory`, unless they are there."""
+    _ensure_splits(directory, patches, describe_patches, (image_size, seed), jpeg_quality, seed)
+
+
+def _ensure_splits(
+    directory: str | Path,
+    source: Callable[..., ImageSource],
+    describe: Callable[..., str],
+    settings: tuple[Any, ...],
+    jpeg_quality: int,
+    seed: int,
+) -> None:
     for split in ("train", "val"):
         ensure_beton(
             Path(directory) / f"{split}.beton",
-            lambda split=split: digits(split, image_size, val_fraction, seed),  # type: ignore[misc]
-            description=describe_digits(split, image_size, val_fraction, seed),
+            partial(source, split, *settings),
+            description=describe(split, *settings),
             options=WriteOptions(jpeg_quality=jpeg_quality),
             seed=seed,
         )
