@@ -97,7 +97,7 @@ def test_table_7_is_of_ablations_that_exist() -> None:
         assert set(named) == rows.keys()
 
 
-@pytest.mark.parametrize("table", ["table6", "table7"])
+@pytest.mark.parametrize("table", ["table4", "table6", "table7"])
 def test_an_experiment_sweeps_the_rows_of_its_table(table: str) -> None:
     content, experiment = (OmegaConf.load(ROOT / d / f"{table}.yaml") for d in ("experiments", "conf/experiment"))
     group = "model" if "models" in content.paper else "ablation"
@@ -105,6 +105,15 @@ def test_an_experiment_sweeps_the_rows_of_its_table(table: str) -> None:
     assert dict(experiment.hydra.sweeper.params) == {group: ",".join(map(str, rows))}
     assert experiment.experiment == table
     assert content.cost.runs == len(rows)
+    assert f"{group}={','.join(map(str, rows))} " in content.commands.imagenet
+
+
+def test_every_experiment_file_is_read() -> None:
+    found = {file.stem: load_paper(file) for file in (ROOT / "experiments").glob("*.yaml")}
+    assert {"speed", "table4", "table6", "table7"} <= found.keys()
+    deploy_params = {f"repvgg_{name}": variant.deploy_params for name, variant in VARIANTS.items()}
+    for name, row in found["table4"].models.items():
+        assert row["params_deploy"] == deploy_params[name]
 
 
 def test_the_data_says_classes_and_stem() -> None:

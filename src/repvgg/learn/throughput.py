@@ -49,9 +49,13 @@ class Throughput:
         """Whether the validation after ``epoch`` (from 0) measures."""
         return self.every_n_epochs > 0 and (epoch + 1) % self.every_n_epochs == 0
 
-    @torch.inference_mode()
     def images_per_second(self, models: Sequence[nn.Module], in_channels: int = 3) -> list[float]:
-        """Median throughput of each model, images/s, on the device that it is on.
+        """Median throughput of each model, images/s: see :meth:`seconds`."""
+        return [self.batch / median(times) for times in self.seconds(models, in_channels)]
+
+    @torch.inference_mode()
+    def seconds(self, models: Sequence[nn.Module], in_channels: int = 3) -> list[list[float]]:
+        """The time of each model's every timed forward, on the device that it is on.
 
         The models take turns batch by batch, so that a machine that slows down is unfair to none. The images come
         from a generator of their own: torch's global one stays where training left it.
@@ -72,7 +76,7 @@ class Throughput:
                 elapsed = _timed(model, images)
                 if i >= self.warmup:
                     times.append(elapsed)
-        return [self.batch / median(times) for times in seconds]
+        return seconds
 
 
 def _timed(model: nn.Module, images: Tensor) -> float:
