@@ -50,6 +50,7 @@ class RunLogger(WandbLogger):
     Args:
         mode: online needs ``wandb login`` once; offline writes files that ``wandb sync`` uploads.
         project, name, group, tags, job_type, save_dir: as in ``wandb.init``.
+        id: of the run; one that the server has is continued. Null: a new one, or WANDB_RUN_ID, which an agent sets.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RunLogger(WandbLogger):
         group: str | None = None,
         tags: list[str] | None = None,
         job_type: str = "train",
+        id: str | None = None,
     ) -> None:
         if mode not in ("online", "offline"):
             raise ValueError(f"logger.wandb.mode={mode}: choose online or offline")
@@ -75,6 +77,7 @@ class RunLogger(WandbLogger):
             group=group,
             tags=tags,
             job_type=job_type,
+            id=id,
             settings=wandb.Settings(quiet=True),  # where the run is, not a second copy of its numbers
         )
         # Lightning still passes it, wandb warns about it and will remove it.
@@ -84,12 +87,13 @@ class RunLogger(WandbLogger):
         """Start the run, if it has not begun, and give it its config.
 
         Raises:
-            ValueError: online without a key.
+            ValueError: online without a key, or the server did not answer (for 90 s; WANDB_INIT_TIMEOUT changes it).
         """
         try:
             super().log_hyperparams(params)
-        except wandb.errors.UsageError as error:
-            raise ValueError(f"W&B: {error} Or keep the run on this machine: logger=wandb_offline") from error
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(f"W&B: {reason}. Or keep the run on this machine: logger=wandb_offline") from error
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Write ``summary`` and close the run, so that the next job of the process gets a run of its own."""

@@ -1,0 +1,70 @@
+"""`RunLogger` in online mode, against the stand-in: what arrives, what resuming does, what it says without a server."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+
+from repvgg.learn.logging import RunLogger
+from support.wandb_server import WandbServer
+
+
+def logger(directory: Path, **options: str) -> RunLogger:
+    return RunLogger(mode="online", project="repvgg", save_dir=str(directory), **options)
+
+
+def test_everything_a_run_logs_arrives(wandb_server: WandbServer, tmp_path: Path) -> None:
+    run = logger(tmp_path, name="B0-id-s1", group="table6", tags=["a"], job_type="eval")
+    run.log_hyperparams({"net": {"depths": [1, 2]}, "recipe": {"rand_augment": None}, "seed": 1})
+    run.log_metrics({"val/top1": 0.25, "health/shares": wandb.Histogram([0.1, 0.9])}, step=10)
+    run.log_table("health/layers", ["layer", "share"], [["stage1.0", 0.5], ["stage1.1", None]])
+    run.log_image("curve", [np.zeros((4, 6, 3), np.uint8)])
+    run.finish({"test/top1": 0.75, "val/top1": 0.25}, exit_code=0)
+
+    held = wandb_server.run()
+    assert (held.project, held.name, held.group, held.job_type) == ("repvgg", "B0-id-s1", "table6", "eval")
+    assert (held.tags, held.state) == (["a"], "finished")
+    assert held.config == {"net": {"depths": [1, 2]}, "recipe": {"rand_augment": None}, "seed": 1}
+    first = held.history[0]
+    assert (first["val/top1"], first["trainer/global_step"]) == (0.25, 10)
+    assert first["health/shares"]["_type"] == "histogram"
+    assert held.summary["test/top1"] == 0.75
+    (table,) = held.column("health/layers")
+    assert json.loads(held.files[table["path"]])["data"] == [["stage1.0", 0.5], ["stage1.1", None]]
+    ((picture,),) = (value["filenames"] for value in held.column("curve"))
+    assert held.files[picture].startswith(b"\x89PNG")
+
+
+def test_the_next_run_of_a_process_is_a_run_of_its_own(wandb_server: WandbServer, tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = logger(tmp_path, name=f"run {number}")
+        run.log_hyperparams({"seed": number})
+        run.finish({}, exit_code=number - 1)
+    states = {(held.name, held.state, held.config["seed"]) for held in wandb_server.runs.values()}
+    assert states == {("run 1", "finished", 1), ("run 2", "failed", 2)}
+
+
+def test_the_same_id_appends(wandb_server: WandbServer, tmp_path: Path) -> None:
+    for steps in ([1, 2, 3], [4, 5]):
+        run = logger(tmp_path, id="mine")
+        run.log_hyperparams({"epochs": max(steps)})
+        for step in steps:
+            run.log_metrics({"loss": 1 / step}, step=step)
+        run.finish({f"after/{max(steps)}": 1.0}, exit_code=0)
+    held = wandb_server.run()
+    assert (held.id, held.begun) == ("mine", 2)
+    assert [row["_step"] for row in held.history] == [0, 1, 2, 3, 4]
+    assert held.column("trainer/global_step") == [1, 2, 3, 4, 5]
+    assert held.summary.keys() >= {"after/3", "after/5"}
+    assert held.config == {"epochs": 5}
+
+
+def test_no_server_is_an_error_that_says_what_to_do(
+    wandb_server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    wandb_server.stop()
+    with pytest.raises(ValueError, match=r"W&B: (?s:.*)connection refused\. Or .* logger=wandb_offline"):
+        logger(tmp_path).log_hyperparams({})
