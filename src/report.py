@@ -30,8 +30,16 @@ def main(cfg: DictConfig) -> None:
 
         if cfg.target == "page":
             page.require_own(out)
+        elif cfg.out is not None:
+            raise ValueError(f"out={cfg.out} is of target=page: a report in W&B leaves no files here")
         runs, notes = read_runs(places)
         comparison = compare(runs, reference=cfg.reference, paper=cfg.paper, ignore=list(cfg.ignore), notes=notes)
+        if cfg.target == "wandb":
+            from repvgg.report.workspace import destination, publish_comparison
+
+            entity, project = destination(places, cfg.entity, cfg.project)
+            print(publish_comparison(comparison, entity=entity, project=project, title=cfg.title))
+            return
         for path in page.write_page(comparison, out, cfg.title):
             print(path)
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -9,16 +10,27 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from repvgg.report import workspace
+from repvgg.report import page, workspace
+from repvgg.report.compare import compare
 from repvgg.report.runs import Run, read_runs
-from repvgg.report.workspace import Selection, build, publish, select, specification, used_metrics
+from repvgg.report.workspace import (
+    Selection,
+    build,
+    destination,
+    publish,
+    publish_comparison,
+    select,
+    specification,
+    used_metrics,
+)
 from support.wandb_server import ENTITY, WandbServer
 from support.wandb_server import Run as ServerRun
 
 SHARES = {f"health/share/stage{stage}/{branch}" for stage in (1, 2) for branch in ("conv3x3", "identity")}
 METRICS = workspace.planned_metrics() | SHARES
 TABLE = "| ablation | top-1 [%] |\n|---|--:|\n| full | 75.14 ± 0.10 |"
-IDS = Selection(ids=("run1", "run2"))
+TEXT = f"What is compared.\n\n## Top-1\n\n{TABLE}\n\n## Commands\n\n```bash\n## as typed\npython src/train.py\n```\n"
+IDS = Selection(["run1", "run2"], ["run3"])
 
 
 def report(runs: Selection = IDS, **changes: Any) -> Any:
@@ -29,9 +41,7 @@ def report(runs: Selection = IDS, **changes: Any) -> Any:
         "description": "Branches",
         "runs": runs,
         "metrics": METRICS,
-        "reading": "Differences are to `full`.",
-        "table": TABLE,
-        "commands": "python src/train.py -m +experiment=table6\npython src/report.py",
+        "text": TEXT,
     }
     return build(**given | changes)
 
@@ -63,20 +73,30 @@ def texts(spec: dict[str, Any]) -> str:
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(
-    ("runs", "key"), [(IDS, "name"), (Selection(groups=("table6-digits", "2026-11-22/08-24-53")), "group")]
-)
-def test_run_sets_filter_by_runs_and_state_and_group_by_nested_choices(runs: Selection, key: str) -> None:
-    spec = specification(report(runs), runs, METRICS)
-    *finished, unfinished = [runset for grid in grids(spec) for runset in grid["runSets"]]
-    these = {"key": {"section": "run", "name": key}, "op": "IN", "value": [*runs.names], "disabled": False}
-    state = {"key": {"section": "run", "name": "state"}, "value": ["finished"], "disabled": False, "connector": "AND"}
-    for runset in finished:
-        assert runset["filters"] == {"filterFormat": "filterV2", "filters": [these, {**state, "op": "IN"}]}
-    assert unfinished["filters"] == {"filterFormat": "filterV2", "filters": [these, {**state, "op": "NIN"}]}
+def test_run_sets_are_chosen_by_id_and_grouped_by_nested_choices() -> None:
+    spec = specification(report(), IDS, METRICS)
+    *compared, left_out = [runset for grid in grids(spec) for runset in grid["runSets"]]
+
+    def filters(ids: list[str]) -> dict[str, Any]:
+        leaf = {"key": {"section": "run", "name": "name"}, "op": "IN", "value": ids, "disabled": False}
+        return {"filterFormat": "filterV2", "filters": [leaf]}
+
+    assert [runset["filters"] for runset in compared] == [filters(["run1", "run2"])] * 5
+    assert left_out["filters"] == filters(["run3"])
     grouping = [{"section": "config", "name": f"choices.value.{choice}"} for choice in ("ablation", "model")]
-    assert [runset["grouping"] for runset in finished] == [grouping] * 4 + [[]]
-    assert unfinished["grouping"] == []
+    assert [runset["grouping"] for runset in compared] == [grouping] * 4 + [[]]
+    assert left_out["grouping"] == []
+
+
+@pytest.mark.usefixtures("no_network")
+def test_groups_may_be_set_apart_by_more() -> None:
+    grouping = ("choices.ablation", "recipe.lr", "seed")
+    made = report(grouping=grouping)
+    spec = specification(made, IDS, METRICS, grouping)
+    names = [key["name"] for key in grids(spec)[0]["runSets"][0]["grouping"]]
+    assert names == ["choices.value.ablation", "recipe.value.lr", "seed.value"]
+    with pytest.raises(ValueError, match="would be grouped by"):
+        specification(made, IDS, METRICS)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -113,26 +133,27 @@ def test_panels_do_not_overlap() -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_text_holds_the_table_the_reading_and_the_commands() -> None:
-    spec = specification(report(), IDS, METRICS)
-    assert spec["blocks"][1]["type"] == "table-of-contents"
-    text = texts(spec)
-    assert TABLE in text
-    assert "Differences are to `full`." in text
-    assert "```bash\npython src/train.py -m +experiment=table6\npython src/report.py\n```" in text
-    assert "No run has logged" not in text
+def test_sections_of_the_text_are_sections_of_the_report() -> None:
+    blocks = specification(report(), IDS, METRICS)["blocks"]
+    assert blocks[1]["type"] == "table-of-contents"
+    shown = [block.get("content") or block["children"][0]["text"] for block in blocks[2:7]]
+    code = "```bash\n## as typed\npython src/train.py\n```"
+    assert shown == ["What is compared.", "Top-1", TABLE, "Commands", code]
+    assert [block["type"] for block in blocks[2:7]] == ["markdown-block", "heading"] * 2 + ["markdown-block"]
 
 
 @pytest.mark.usefixtures("no_network")
 def test_what_no_run_logged_has_no_panel_and_is_named() -> None:
-    runs = Selection(ids=("run1",), elsewhere=("multirun/3",))
+    runs = Selection(["run1"], elsewhere=["multirun/3"])
     metrics = METRICS - SHARES - {"bench/deploy/images_per_s"}
     spec = specification(report(runs, metrics=metrics), runs, metrics)
     assert not {"Images per second, deploy form", "Top-1 against images per second"} & panels(spec).keys()
     assert not [title for title in panels(spec) if title.startswith("Shares")]
+    assert {runset["name"] for grid in grids(spec) for runset in grid["runSets"]} == {"Runs compared"}
     assert "No run has logged `bench/deploy/images_per_s`" in texts(spec)
     assert "not logged to W&B: multirun/3" in texts(spec)
     assert used_metrics(spec) == metrics | {"epoch"}
+    assert "No run has logged" not in texts(specification(report(), IDS, METRICS))
 
 
 @pytest.mark.usefixtures("no_network")
@@ -148,13 +169,14 @@ def test_a_metric_that_was_renamed_is_an_error() -> None:
         "",
         "config.data.name = 'digits'",  # W&B's client makes nothing of it
         "Metric('ID') in ['run1']",
+        "Metric('Name') in ['run1', 'run2']",
         "Metric('ID') in ['run1', 'run2'] or Metric('State') in ['finished']",
     ],
 )
 def test_a_filter_that_is_not_what_was_meant_is_an_error(filters: str) -> None:
     made = report()
     next(workspace._runsets(made)).filters = filters
-    with pytest.raises(ValueError, match=r"is not filtered by {'name': {'\$in': \['run1', 'run2'\]}}"):
+    with pytest.raises(ValueError, match=r"not by the ids \['run1', 'run2'\]"):
         specification(made, IDS, METRICS)
 
 
@@ -163,7 +185,7 @@ def test_a_filter_that_is_not_what_was_meant_is_an_error(filters: str) -> None:
 def test_a_grouping_that_is_not_what_was_meant_is_an_error(group: str) -> None:
     made = report()
     next(workspace._runsets(made)).groupby = [group]
-    with pytest.raises(ValueError, match="is not grouped by"):
+    with pytest.raises(ValueError, match="would be grouped by"):
         specification(made, IDS, METRICS)
 
 
@@ -171,24 +193,35 @@ def test_a_grouping_that_is_not_what_was_meant_is_an_error(group: str) -> None:
     st.lists(st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="'\\=<>"), min_size=1), min_size=1)
 )
 @example(["multirun/2026-11-22", '(a) and "b"', "x, y] z"])
-def test_every_name_that_is_let_in_comes_out_as_it_was(names: list[str]) -> None:
-    runs = Selection(groups=names)
-    made = build(
-        entity="me", project="p", title="t", runs=runs, metrics=(), reading="", table="", commands="", description=""
-    )
-    runset = grids(specification(made, runs, ()))[0]["runSets"][0]
-    assert runset["filters"]["filters"][0]["value"] == names
+def test_every_id_that_is_let_in_comes_out_as_it_was(ids: list[str]) -> None:
+    runs = Selection(ids)
+    spec = specification(build(entity="me", project="p", title="t", runs=runs, metrics=(), text=""), runs, ())
+    assert grids(spec)[0]["runSets"][0]["filters"]["filters"][0]["value"] == ids
 
 
 @pytest.mark.parametrize("name", ["0_ablation=id", "it's", "a\\n", "a<b", "a\nb", ""])
-def test_a_name_that_the_client_would_change_is_refused(name: str) -> None:
+def test_an_id_that_the_client_would_change_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot filter by"):
-        Selection(groups=(name,))
+        Selection([name])
 
 
 def test_nothing_to_show_is_an_error() -> None:
     with pytest.raises(ValueError, match="logger=wandb_offline"):
         select([Run(Path("a"), "finished", name="a")])
+
+
+@pytest.mark.parametrize(
+    ("places", "given", "found"),
+    [
+        (["multirun"], (None, None), (None, "repvgg")),
+        (["multirun", "wandb:team/nets/table6"], (None, None), ("team", "nets")),
+        (["wandb:team/nets"], ("me", "other"), ("me", "other")),
+    ],
+)
+def test_a_report_goes_where_the_runs_are(
+    places: list[str], given: tuple[str | None, str | None], found: tuple[str | None, str]
+) -> None:
+    assert destination(places, *given) == found
 
 
 @pytest.mark.parametrize("title", ["", "a/b", "what?", "x" * 129])
@@ -206,7 +239,8 @@ def test_runs_are_selected_by_the_id_of_their_end(tmp_path: Path) -> None:
         Run(Path("B0-id-s1"), "running", name="B0-id-s1", ids=("online",)),
         Run(tmp_path / "1", "finished", name="1"),
     ]
-    assert select(runs) == Selection(ids=["new", "online"], directories={"new": file.parent}, elsewhere=["1"])
+    left_out = [Run(tmp_path / "2", "failed", name="2", ids=("gone",)), Run(tmp_path / "3", "failed", name="3")]
+    assert select(runs, left_out) == Selection(["new", "online"], ["gone"], {"new": file.parent}, ["1"])
 
 
 # --- through the real client ----------------------------------------------------------------------------------------
@@ -239,7 +273,7 @@ def test_saved_then_updated_not_doubled(with_runs: WandbServer) -> None:
     # comments live in the specification, too
     commented = of_view(view) | {"discussionThreads": [{"id": "a comment"}]}
     view["spec"] = json.dumps(commented)
-    assert publish(report(table="| new |\n|---|", description="Again"), IDS, METRICS) == url
+    assert publish(report(text="| new |\n|---|", description="Again"), IDS, METRICS) == url
     (view,) = with_runs.views.values()
     assert view["description"] == "Again"
     assert "| new |" in texts(of_view(view))
@@ -271,12 +305,8 @@ def test_two_reports_of_the_title_are_named(with_runs: WandbServer) -> None:
 @pytest.mark.parametrize(
     ("runs", "text"),
     [
-        (Selection(ids=("run1", "gone")), "does not have the runs gone. .*wandb sync -e me -p repvgg RUN_DIRECTORY"),
-        (
-            Selection(ids=("gone",), directories={"gone": Path("/d/wandb/offline-run-gone")}),
-            "/d/wandb/offline-run-gone",
-        ),
-        (Selection(groups=("table7",)), "does not have the runs of the groups table7"),
+        (Selection(["run1", "gone"]), "does not have the runs gone. .*wandb sync -e me -p repvgg RUN_DIRECTORY"),
+        (Selection(["gone"], directories={"gone": Path("/d/wandb/offline-run-gone")}), "/d/wandb/offline-run-gone"),
     ],
 )
 def test_runs_that_were_not_uploaded_are_named(with_runs: WandbServer, runs: Selection, text: str) -> None:
@@ -323,30 +353,38 @@ def test_without_a_key_the_next_step_is_said(
 def test_an_offline_run_is_uploaded_as_told_and_fills_every_panel(
     wandb_server: WandbServer, digits: Path, tmp_path: Path
 ) -> None:
-    def call(*command: str) -> None:
-        root = Path(__file__).parents[2]
-        subprocess.run([sys.executable, *command], cwd=root, check=True, timeout=250, stdin=subprocess.DEVNULL)
+    def call(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=250,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
 
     small = ["model=repvgg_a0", "net.width_a=0.25", "net.width_b=0.25", "bench.warmup=1", "bench.batches=2"]
     small += ["data=digits", "trainer=cpu", "recipe=quick", "logger=wandb_offline", "bench.batch=8"]
     call("src/train.py", *small, "trainer.max_epochs=1", f"data.dir={digits}", f"hydra.run.dir={tmp_path / 'run'}")
-    (run,), _ = read_runs([str(tmp_path)])
-    runs = select([run])
-    with pytest.raises(ValueError, match=f"does not have the runs {run.ids[0]}") as error:
-        publish(report(runs, metrics=run.metrics), runs, run.metrics)
-    command = str(error.value).partition("or upload offline runs: wandb ")[2]
-    call("-m", "wandb", *command.split())
+    comparison = compare(read_runs([str(tmp_path)])[0])
+    with pytest.raises(ValueError, match=f"does not have the runs {comparison.runs[0].ids[0]}") as error:
+        publish_comparison(comparison, entity=ENTITY, project="repvgg", title=None)
+    call("-m", "wandb", *shlex.split(str(error.value).partition("upload them: wandb ")[2]))
     uploaded = wandb_server.run()
-    assert runs.ids == [uploaded.id]
-
     logged = uploaded.summary.keys() | {key for row in uploaded.history for key in row}
     assert workspace.planned_metrics() <= logged
     assert uploaded.config["choices"].keys() >= {"ablation", "model"}
     assert "seed" in uploaded.config
-    url = publish(report(runs, metrics=run.metrics), runs, run.metrics)
+
+    printed = call("src/report.py", f"runs={tmp_path}", "target=wandb", "title=Branches").strip()
     ((identifier, view),) = wandb_server.views.items()
-    assert url.endswith(identifier)
+    assert printed == f"{wandb_server.url}/{ENTITY}/repvgg/reports/Branches--{identifier}"
     spec = of_view(view)
     assert used_metrics(spec) <= logged
     assert "No run has logged" not in texts(spec)
     assert {f"Shares in stage{stage}" for stage in range(1, 5)} <= panels(spec).keys()
+    assert page.tables(comparison)["accuracy"].strip() in texts(spec)
+    assert publish_comparison(comparison, entity=None, project="repvgg", title="Branches") == printed

@@ -6,7 +6,8 @@
 - `"config.data.name = 'x'"` as a filter is an empty one; only `Config('…')`, `Metric('…')` address anything.
 - A filter's values are put between quotes as they are and parsed again, where `=` becomes `==` and `<` becomes `<=`.
 - Groups and panels put `.value` behind the first part of a config key (`choices.value.ablation`), filters do not,
-  though W&B's page does. So the filters here are on runs' own attributes alone.
+  though W&B's page does (wandb-workspaces#34). So the filters here are on runs' ids alone, and with `IN`, which the
+  same report of an error found to work where `=` did not.
 - Where a run set has an entity and a project, serialising it asks the server. So run sets get theirs in `publish`.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import wandb
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
+from repvgg.report import page
+from repvgg.report.compare import CHOICES
+from repvgg.report.runs import ONLINE
+
 with warnings.catch_warnings():
     # wandb-workspaces 0.4 with pydantic 2
     warnings.filterwarnings("ignore", "Pydantic V1 style `@validator` validators are deprecated", DeprecationWarning)
@@ -31,79 +37,67 @@ with warnings.catch_warnings():
     from wandb_workspaces import expr
 
 if TYPE_CHECKING:
+    from repvgg.report.compare import Comparison
     from repvgg.report.runs import Run
 
 #: Config keys, nested: one line or bar of a panel is all runs that have these in common.
 GROUPING = ("choices.ablation", "choices.model")
 #: Names of the two run sets.
-FINISHED, UNFINISHED = "Finished runs, by ablation and model", "Unfinished and failed runs"
+COMPARED, LEFT_OUT = "Runs compared", "Runs left out"
 X_AXIS = "epoch"
 #: Of a panel grid, in its own units; it is 24 wide.
-WIDTH, HEIGHT, ROW = 8, 8, 3
+WIDTH, HEIGHT, ROW = 8, 8, 24
 #: What the client passes into its own small language without escaping, or changes.
 UNSAFE = frozenset("'\\=<>")
 
 HOW_TO_READ = (
-    "Accuracies are fractions of 1, measured on the validation images; speed is in images per second. *Deploy* is the "
-    "network after every block has become one convolution, *train form* the network as it was trained. Panels show "
-    "finished runs grouped by ablation and model: lines are means over a group's runs, bands reach from its smallest "
-    "to its largest, and bars are means. The table was computed when this report was written and does not change with "
-    "new runs; the panels do."
+    "Accuracies are fractions of 1 in panels and percent in tables, measured on the validation images; speed is in "
+    "images per second. *Deploy* is the network after its blocks have become convolutions, *train form* the network as "
+    "it was trained. Panels show the runs of the tables, by group: lines are means over a group's runs, bands reach "
+    "from the smallest to the largest, and bars are means. Tables and selection of runs are of the time when this "
+    "report was written; the same command again brings both up to date, here in this report."
 )
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The runs of a W&B project that a report shows: these ids, or else all runs of these groups.
-
-    Ids show exactly the runs of the table. Groups also show runs that join later.
+    """The runs that a report shows, by W&B's ids: exactly those of its tables, which no filter by config could say.
 
     Attributes:
+        compared: in the means.
+        left_out: not in the means: unfinished, failed, repeated. They have a section of their own.
         directories: W&B's files of ids; an error about a run that is not in the project yet then names the command.
-        elsewhere: runs of the table that W&B was not told of; the report says so.
+        elsewhere: names of runs compared that W&B was not told of; the report says so.
 
     Raises:
-        ValueError: neither ids nor groups, or a name that W&B's client cannot put into a filter.
+        ValueError: nothing to compare, or an id that W&B's client cannot put into a filter.
     """
 
-    ids: Sequence[str] = ()
-    groups: Sequence[str] = ()
+    compared: Sequence[str]
+    left_out: Sequence[str] = ()
     directories: Mapping[str, Path] = field(default_factory=dict)
     elsewhere: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not self.names:
+        if not self.compared:
             raise ValueError(
-                "A W&B report needs runs that were logged to W&B: train with logger=wandb, or with "
-                "logger=wandb_offline and then `wandb sync`"
+                "None of the runs was logged to W&B, so a report there has nothing to show: train with logger=wandb, "
+                "or with logger=wandb_offline and then `wandb sync`. Without W&B: target=page"
             )
-        for name in self.names:
+        for name in (*self.compared, *self.left_out):
             if not name or UNSAFE & set(name) or not name.isprintable():
                 raise ValueError(
-                    f"W&B's client cannot filter by {name!r}, only by printable names without any of "
-                    f"{' '.join(sorted(UNSAFE))}. Select the runs by their ids"
+                    f"W&B's client cannot filter by {name!r}, only by printable ids without any of "
+                    f"{' '.join(sorted(UNSAFE))}. Leave this run out of runs="
                 )
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Ids or groups, whichever selects."""
-        return self.ids or self.groups
 
-    def condition(self) -> expr.FilterExpr:
-        """As a filter. `IN` also for a single name: W&B's page is known to understand it (wandb-workspaces#34)."""
-        return expr.Metric("ID" if self.ids else "Group").isin([*self.names])
-
-    def query(self) -> dict[str, Any]:
-        """As a filter of `wandb.Api().runs`."""
-        return {"name" if self.ids else "group": {"$in": [*self.names]}}
-
-
-def select(runs: Iterable[Run]) -> Selection:
+def select(compared: Iterable[Run], left_out: Iterable[Run] = ()) -> Selection:
     """These runs by W&B's ids: the last one of a run that was resumed under a new id, which holds its end."""
     ids: list[str] = []
     elsewhere: list[str] = []
     directories: dict[str, Path] = {}
-    for run in runs:
+    for run in compared:
         if not run.ids:
             elsewhere.append(run.name)
             continue
@@ -112,7 +106,7 @@ def select(runs: Iterable[Run]) -> Selection:
         # run_dir is the file itself where there is nothing else of the run
         for file in [run.run_dir] if run.run_dir.is_file() else run.run_dir.rglob(f"run-{identifier}.wandb"):
             directories[identifier] = file.parent
-    return Selection(ids=ids, directories=directories, elsewhere=elsewhere)
+    return Selection(ids, [run.ids[-1] for run in left_out if run.ids], directories, elsewhere)
 
 
 # --- what is drawn --------------------------------------------------------------------------------------------------
@@ -222,9 +216,8 @@ def build(
     title: str,
     runs: Selection,
     metrics: Collection[str],
-    reading: str,
-    table: str,
-    commands: str,
+    text: str,
+    grouping: Sequence[str] = GROUPING,
     description: str = "",
 ) -> wr.Report:
     """The report, without a network.
@@ -232,10 +225,10 @@ def build(
     Args:
         entity: whose project it is; empty for the account's own.
         title: a report of the same title is what `publish` updates.
-        metrics: what at least one of the runs logged. A panel of anything else is left out, and the report says so.
-        reading: Markdown: what is compared, the differences to which ablation, on what hardware, by what statistics.
-        table: Markdown, with what W&B cannot compute.
-        commands: what gives these runs and this report, line by line.
+        metrics: what at least one of the runs compared logged. A panel of anything else is left out, and the report
+            says so.
+        text: Markdown: what is compared, its tables, by what statistics, from which commands. `## ` begins a section.
+        grouping: dotted keys of the logged config.
 
     Raises:
         ValueError: a title that W&B cannot make an address of.
@@ -243,40 +236,57 @@ def build(
     if not title.strip() or len(title) > 128 or set(title) & set("/?#%\n"):
         raise ValueError(f"title={title!r}: W&B wants 1 to 128 characters, and an address is made of them: no / ? # %")
     sections = [*SECTIONS, (*SHARES_SECTION, _shares(metrics))]
-    missing = planned_metrics() - set(metrics)
-    each = [plot for plot in ONE_BY_ONE if set(plot.metrics) <= set(metrics)]
-    blocks: list[Any] = [
-        wr.TableOfContents(),
-        wr.H1("What is compared"),
-        wr.MarkdownBlock(f"{reading.strip()}\n\n{HOW_TO_READ}{_not_shown(missing, runs.elsewhere)}"),
-        wr.H1("Table"),
-        wr.MarkdownBlock(table.strip()),
-    ]
+    blocks: list[Any] = [wr.TableOfContents()]
+    for heading, body in _sections(text):
+        blocks += [wr.H1(heading)] if heading else []
+        blocks += [wr.MarkdownBlock(body)] if body else []
+    blocks += [wr.H1("How to read the panels"), wr.MarkdownBlock(HOW_TO_READ + _not_shown(metrics, runs.elsewhere))]
     for heading, note, plots in sections:
-        shown = [plot for plot in plots if set(plot.metrics) <= set(metrics)]
+        shown = _known(plots, metrics)
         if shown:
-            panels = [plot.panel(_place(i)) for i, plot in enumerate(shown)]
-            blocks += [wr.H1(heading), wr.MarkdownBlock(note), _grid(_finished(runs, metrics), panels)]
+            blocks += [wr.H1(heading), wr.MarkdownBlock(note)]
+            blocks += [_grid(COMPARED, runs.compared, shown, metrics, grouping)]
     blocks += [
         wr.H1("Where the runs differ"),
-        wr.MarkdownBlock("Configuration and last numbers of every finished run; only what is not the same in all."),
-        _grid(_finished(runs, metrics, grouped=False), [wr.RunComparer(diff_only="split", layout=_place(0, width=24))]),
-        wr.H1(UNFINISHED),
-        wr.MarkdownBlock("Runs of the same selection that are still running, failed or were stopped: none, if empty."),
-        _grid(_unfinished(runs), [plot.panel(_place(i, width=12)) for i, plot in enumerate(each)]),
-        wr.H1("Commands"),
-        # Not wr.CodeBlock, which has no shell among its languages and puts all lines into one.
-        wr.MarkdownBlock(f"```bash\n{commands.strip()}\n```"),
+        wr.MarkdownBlock("Configuration and last numbers of the runs compared, where they are not the same in all."),
+        wr.PanelGrid(
+            runsets=[_runset(COMPARED, runs.compared, metrics)],
+            panels=[wr.RunComparer(diff_only="split", layout=_place(0, width=ROW))],
+        ),
     ]
+    if runs.left_out:
+        note = (
+            "Unfinished, failed or repeated: in no number above. One line is one run; those not uploaded are not here."
+        )
+        shown = _known(ONE_BY_ONE, metrics)
+        blocks += [wr.H1(LEFT_OUT), wr.MarkdownBlock(note), _grid(LEFT_OUT, runs.left_out, shown, metrics, ())]
     return wr.Report(entity=entity, project=project, title=title, description=description, blocks=blocks, width="fluid")
 
 
-def _not_shown(missing: Collection[str], elsewhere: Sequence[str]) -> str:
+def _sections(text: str) -> Iterator[tuple[str, str]]:
+    """Heading and body: W&B's table of contents lists headings that are blocks, not those in Markdown."""
+    heading, lines, fenced = "", list[str](), False
+    for line in text.strip().splitlines():
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            yield heading, "\n".join(lines).strip()
+            heading, lines = line.removeprefix("## ").strip(), []
+        else:
+            lines.append(line)
+    yield heading, "\n".join(lines).strip()
+
+
+def _known(plots: Iterable[Plot], metrics: Collection[str]) -> list[Plot]:
+    return [plot for plot in plots if set(plot.metrics) <= set(metrics)]
+
+
+def _not_shown(metrics: Collection[str], elsewhere: Sequence[str]) -> str:
+    missing = sorted(planned_metrics() - set(metrics))
     text = ""
     if missing:
-        text += f"\n\nNo run has logged {', '.join(f'`{name}`' for name in sorted(missing))}: no panels of these."
+        text += f"\n\nNo run has logged {', '.join(f'`{name}`' for name in missing)}: no panels of these."
     if elsewhere:
-        text += f"\n\nIn the table alone, because not logged to W&B: {', '.join(elsewhere)}."
+        text += f"\n\nIn the tables alone, because not logged to W&B: {', '.join(elsewhere)}."
     return text
 
 
@@ -285,23 +295,22 @@ def _place(i: int, width: int = WIDTH) -> wr.Layout:
     return wr.Layout(x=width * (i % columns), y=HEIGHT * (i // columns), w=width, h=HEIGHT)
 
 
-def _grid(runs: wr.Runset, panels: Sequence[Any]) -> wr.PanelGrid:
-    return wr.PanelGrid(runsets=[runs], panels=[*panels])
+def _grid(
+    name: str, ids: Sequence[str], plots: Sequence[Plot], metrics: Collection[str], grouping: Sequence[str]
+) -> wr.PanelGrid:
+    panels: list[Any] = [plot.panel(_place(i)) for i, plot in enumerate(plots)]
+    return wr.PanelGrid(runsets=[_runset(name, ids, metrics, grouping)], panels=panels)
 
 
-def _finished(runs: Selection, metrics: Collection[str], grouped: bool = True) -> wr.Runset:
+def _runset(name: str, ids: Sequence[str], metrics: Collection[str], grouping: Sequence[str] = ()) -> wr.Runset:
     columns = [f"config:{_stored(key)}" for key in (*GROUPING, "seed")]
-    columns += [f"summary:{name}" for name in ("test/deploy/top1", "bench/deploy/images_per_s") if name in metrics]
+    columns += [f"summary:{m}" for m in ("test/deploy/top1", "bench/deploy/images_per_s") if m in metrics]
     return wr.Runset(
-        name=FINISHED,
-        filters=expr.And(runs.condition(), expr.Metric("State").isin(["finished"])),
-        groupby=[f"config.{key}" for key in GROUPING] if grouped else [],
+        name=name,
+        filters=expr.And(expr.Metric("ID").isin([*ids])),
+        groupby=[f"config.{key}" for key in grouping],
         pinned_columns=columns,
     )
-
-
-def _unfinished(runs: Selection) -> wr.Runset:
-    return wr.Runset(name=UNFINISHED, filters=expr.And(runs.condition(), expr.Metric("State").notin(["finished"])))
 
 
 def _stored(key: str) -> str:
@@ -313,8 +322,13 @@ def _stored(key: str) -> str:
 # --- checking -------------------------------------------------------------------------------------------------------
 
 
-def specification(report: wr.Report, runs: Selection, metrics: Collection[str]) -> dict[str, Any]:
+def specification(
+    report: wr.Report, runs: Selection, metrics: Collection[str], grouping: Sequence[str] = GROUPING
+) -> dict[str, Any]:
     """The report as W&B will store it (but for the project of its run sets), made and checked without a network.
+
+    Args:
+        runs, metrics, grouping: as given to `build`.
 
     Raises:
         ValueError: a run set that filters or groups by something else than meant, or a metric that is not of
@@ -328,26 +342,21 @@ def specification(report: wr.Report, runs: Selection, metrics: Collection[str]) 
     grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
     if not grids:
         raise ValueError("The report has no panels: build makes one that has")
-    meant = {FINISHED: _leaves(runs, "IN"), UNFINISHED: _leaves(runs, "NIN")}
-    groups: tuple[list[dict[str, str]], ...] = ([], [{"section": "config", "name": _stored(key)} for key in GROUPING])
-    for runset in (runset for grid in grids for runset in grid["runSets"]):
-        sent = [{k: v for k, v in leaf.items() if k != "connector"} for leaf in runset["filters"].get("filters") or []]
-        connectors = {leaf["connector"] for leaf in runset["filters"].get("filters") or [] if "connector" in leaf}
-        if sent != meant.get(runset["name"]) or connectors != {"AND"}:
-            raise ValueError(f"Run set {runset['name']!r} is not filtered by {runs.query()}: {runset['filters']}")
-        if runset["grouping"] not in groups:
-            raise ValueError(f"Run set {runset['name']!r} is not grouped by {groups[1]}: {runset['grouping']}")
+    groups = [{"section": "config", "name": _stored(key)} for key in grouping]
+    for grid in grids:
+        alone = [panel["viewType"] for panel in grid["panelBankSectionConfig"]["panels"]] == ["Run Comparer"]
+        for runset in grid["runSets"]:
+            ids = [*({COMPARED: runs.compared, LEFT_OUT: runs.left_out}[runset["name"]])]
+            leaf = {"key": {"section": "run", "name": "name"}, "op": "IN", "value": ids, "disabled": False}
+            if runset["filters"].get("filters") != [leaf]:
+                raise ValueError(f"{runset['name']} would be chosen by {runset['filters']}, not by the ids {ids}")
+            meant = [] if alone or runset["name"] == LEFT_OUT else groups
+            if runset["grouping"] != meant:
+                raise ValueError(f"{runset['name']} would be grouped by {runset['grouping']}, not by {meant}")
     unknown = used_metrics(spec) - set(metrics) - {X_AXIS}
     if unknown:
         raise ValueError(f"No run has logged {', '.join(sorted(unknown))}, so panels of the report would be empty")
     return spec
-
-
-def _leaves(runs: Selection, state: str) -> list[dict[str, Any]]:
-    def leaf(name: str, op: str, value: list[str]) -> dict[str, Any]:
-        return {"key": {"section": "run", "name": name}, "op": op, "value": value, "disabled": False}
-
-    return [leaf("name" if runs.ids else "group", "IN", [*runs.names]), leaf("state", state, ["finished"])]
 
 
 def used_metrics(spec: Mapping[str, Any]) -> set[str]:
@@ -390,20 +399,20 @@ def _answers() -> Iterator[None]:
         ) from error
 
 
-def publish(report: wr.Report, runs: Selection, metrics: Collection[str]) -> str:
+def publish(report: wr.Report, runs: Selection, metrics: Collection[str], grouping: Sequence[str] = GROUPING) -> str:
     """Save the report to W&B and return its address; one of the same title in the project is updated.
 
     An updated report keeps its id, its comments and its authors; all its blocks are replaced.
 
     Args:
         report: as `build` made it; its run sets get their project, and it the account's entity if it has none.
-        runs, metrics: as given to `build`.
+        runs, metrics, grouping: as given to `build`.
 
     Raises:
         ValueError: what `specification` raises, no key, a server that refuses, runs that the project does not have, or
             several reports of the title. Nothing has been saved then.
     """
-    specification(report, runs, metrics)
+    specification(report, runs, metrics, grouping)
     with _answers():
         api = wandb.Api()
         report.entity = report.entity or str(api.default_entity)
@@ -424,16 +433,59 @@ def publish(report: wr.Report, runs: Selection, metrics: Collection[str]) -> str
 
 def _require_runs(api: wandb.Api, path: str, runs: Selection) -> None:
     try:
-        there = {run.id if runs.ids else run.group for run in api.runs(path, filters=runs.query())}
+        there = {run.id for run in api.runs(path, filters={"name": {"$in": [*runs.compared]}})}
     except ValueError:  # there is no such project
         there = set()
-    missing = [name for name in runs.names if name not in there]
+    missing = [name for name in runs.compared if name not in there]
     if missing:
-        kind = "runs" if runs.ids else "runs of the groups"
         entity, project = path.split("/")
-        directories = [str(runs.directories[name]) for name in missing if name in runs.directories]
+        directories = [shlex.quote(str(runs.directories[name])) for name in missing if name in runs.directories]
         raise ValueError(
-            f"W&B's project {path} does not have the {kind} {', '.join(missing)}. Name another entity= and project=, "
-            f"or upload offline runs: wandb sync -e {entity} -p {project} "
+            f"W&B's project {path} does not have the runs {', '.join(missing)}. Name another entity= and project=, or "
+            f"upload them: wandb sync -e {entity} -p {project} "
             f"{' '.join(directories) or 'RUN_DIRECTORY/wandb/offline-run-*'}"
         )
+
+
+# --- a comparison ---------------------------------------------------------------------------------------------------
+
+
+def destination(places: Iterable[str], entity: str | None, project: str | None) -> tuple[str | None, str]:
+    """Where the report goes: what is given, else where the runs were read from, else the account's project `repvgg`."""
+    online = [place.removeprefix(ONLINE).split("/") for place in places if place.startswith(ONLINE)]
+    if online:
+        entity, project = entity or online[0][0], project or online[0][1]
+    return entity, project or "repvgg"
+
+
+def publish_comparison(comparison: Comparison, *, entity: str | None, project: str, title: str | None) -> str:
+    """The page of a comparison as a report: its text with W&B's panels for its pictures. Returns the address.
+
+    Raises:
+        ValueError: as `build` and `publish`.
+    """
+    title = title or page.default_title(comparison)
+    runs = select(comparison.runs, [run for run, _ in comparison.left])
+    metrics = {name for run in comparison.runs if run.ids for name in run.metrics}
+    grouping, mixed = _grouping(comparison)
+    text = page.markdown(comparison, {}, title).partition("\n")[2]  # without its title
+    if mixed:
+        text += f"\n\nPanels do not separate what differs in {', '.join(mixed)} alone, as the tables do."
+    report = build(
+        entity=entity or "", project=project, title=title, runs=runs, metrics=metrics, text=text, grouping=grouping
+    )
+    return publish(report, runs, metrics, grouping)
+
+
+def _grouping(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """Ablation, model, and what else sets the groups apart and is one value of the logged config; and what is not."""
+    keys = [f"choices.{name}" if name in CHOICES else name for name in comparison.columns]
+    mixed = [key for key in keys if not all(_is_value(run.config, key) for run in comparison.runs)]
+    return [*dict.fromkeys([*GROUPING, *(key for key in keys if key not in mixed)])], mixed
+
+
+def _is_value(config: Mapping[str, Any], key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, str | int | float)
