@@ -14,7 +14,7 @@ def test_every_photograph_gives_as_many_patches() -> None:
     train, val = patches("train"), patches("val")
     assert len(train.classes) == 19
     assert list(train.classes) == list(val.classes)
-    for source, count in ((train, 150), (val, 60)):
+    for source, count in ((train, 100), (val, 60)):
         assert np.bincount(source.labels).tolist() == [count] * 19
         assert source.images.shape == (19 * count, 32, 32)
         assert source.images.dtype == np.uint8

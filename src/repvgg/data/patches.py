@@ -33,7 +33,7 @@ SKIMAGE = (
 SKLEARN = ("china", "flower")
 CELL = 64
 """Side in pixels of the squares that a photograph is divided into; each belongs to one split only."""
-PER_CLASS = {"train": 150, "val": 60}
+PER_CLASS = {"train": 100, "val": 60}
 
 
 def describe_patches(split: str, image_size: int, seed: int) -> str:
@@ -43,7 +43,7 @@ def describe_patches(split: str, image_size: int, seed: int) -> str:
 
 
 def patches(split: Literal["train", "val"], image_size: int = 32, seed: int = 0) -> InMemory:
-    """Gray patches of 19 photographs, 150 (train) or 60 (val) of each; the label says which photograph.
+    """Gray patches of 19 photographs, 100 (train) or 60 (val) of each; the label says which photograph.
 
     A photograph is cut into cells of 64×64 pixels. A third of them, drawn by `seed`, are for validation; every patch
     lies in one cell, so no pixel is in both splits. Gray, because the colours alone would tell most of them. Much of
