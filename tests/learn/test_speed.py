@@ -48,7 +48,5 @@ def test_a_network_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Throughput, "seconds", seconds)
-    with pytest.raises(
-        ValueError, match="large with 2 images of 32 px does not fit into the memory of cpu: lower"
-    ):
+    with pytest.raises(ValueError, match="large with 2 images of 32 px does not fit into the memory of cpu: lower"):
         speed.measure({"large": tiny}, SMALL, **MEASURE)
