@@ -150,7 +150,7 @@ def test_what_no_run_logged_has_no_panel_and_is_named() -> None:
     assert not {"Images per second, deploy form", "Top-1 against images per second"} & panels(spec).keys()
     assert not [title for title in panels(spec) if title.startswith("Shares")]
     assert {runset["name"] for grid in grids(spec) for runset in grid["runSets"]} == {"Runs compared"}
-    assert "No run has logged `bench/deploy/images_per_s`" in texts(spec)
+    assert "No run has logged `bench/deploy/images_per_s`, `health/share/*`: no panels" in texts(spec)
     assert "not logged to W&B: multirun/3" in texts(spec)
     assert used_metrics(spec) == metrics | {"epoch"}
     assert "No run has logged" not in texts(specification(report(), IDS, METRICS))
@@ -305,7 +305,7 @@ def test_two_reports_of_the_title_are_named(with_runs: WandbServer) -> None:
 @pytest.mark.parametrize(
     ("runs", "text"),
     [
-        (Selection(["run1", "gone"]), "does not have the runs gone. .*wandb sync -e me -p repvgg RUN_DIRECTORY"),
+        (Selection(["run1", "gone"]), "(?s)does not have the runs gone. .*wandb sync -e me -p repvgg RUN_DIRECTORY"),
         (Selection(["gone"], directories={"gone": Path("/d/wandb/offline-run-gone")}), "/d/wandb/offline-run-gone"),
     ],
 )
@@ -347,6 +347,23 @@ def test_without_a_key_the_next_step_is_said(
     assert not with_runs.views
 
 
+def test_groups_of_the_tables_are_groups_of_the_panels(with_runs: WandbServer) -> None:
+    def run(name: str, lr: float, clip: float | None) -> Run:
+        choices = {"model": "repvgg_b0", "ablation": "full", "recipe": "quick", "data": "digits"}
+        config = {"choices": choices, "seed": 1, "recipe": {"lr": lr}, "trainer": {"gradient_clip_val": clip}}
+        metrics = {"test/top1": 0.9, "test/deploy/top1": 0.9}
+        return Run(Path(name), "finished", config, metrics, name=name, ids=(name,))
+
+    comparison = compare([run("run1", 0.1, None), run("run2", 0.2, None), run("run3", 0.2, 1.0)])
+    with_runs.runs["run3"] = ServerRun("run3", ENTITY, "repvgg", state="finished")
+    publish_comparison(comparison, entity=None, project="repvgg", title=None)
+    (view,) = with_runs.views.values()
+    assert view["displayName"] == page.default_title(comparison)
+    names = [key["name"] for key in grids(of_view(view))[0]["runSets"][0]["grouping"]]
+    assert names == ["choices.value.ablation", "choices.value.model", "recipe.value.lr"]
+    assert "Panels do not separate what differs in trainer.gradient_clip_val alone" in texts(of_view(view))
+
+
 # --- of a real run --------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +389,7 @@ def test_an_offline_run_is_uploaded_as_told_and_fills_every_panel(
     comparison = compare(read_runs([str(tmp_path)])[0])
     with pytest.raises(ValueError, match=f"does not have the runs {comparison.runs[0].ids[0]}") as error:
         publish_comparison(comparison, entity=ENTITY, project="repvgg", title=None)
-    call("-m", "wandb", *shlex.split(str(error.value).partition("upload them: wandb ")[2]))
+    call("-m", "wandb", *shlex.split(str(error.value).partition("upload them:\n  wandb ")[2]))
     uploaded = wandb_server.run()
     logged = uploaded.summary.keys() | {key for row in uploaded.history for key in row}
     assert workspace.planned_metrics() <= logged

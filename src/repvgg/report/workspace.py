@@ -282,6 +282,8 @@ def _known(plots: Iterable[Plot], metrics: Collection[str]) -> list[Plot]:
 
 def _not_shown(metrics: Collection[str], elsewhere: Sequence[str]) -> str:
     missing = sorted(planned_metrics() - set(metrics))
+    if not _shares(metrics):
+        missing.append("health/share/*")
     text = ""
     if missing:
         text += f"\n\nNo run has logged {', '.join(f'`{name}`' for name in missing)}: no panels of these."
@@ -417,7 +419,7 @@ def publish(report: wr.Report, runs: Selection, metrics: Collection[str], groupi
         api = wandb.Api()
         report.entity = report.entity or str(api.default_entity)
         path = f"{report.entity}/{report.project}"
-        _require_runs(api, path, runs)
+        _require_runs(api, report.entity, report.project, runs)
         same = [other for other in api.reports(path) if other.display_name == report.title]
         if len(same) > 1:
             urls = ", ".join(str(other.url) for other in same)
@@ -431,18 +433,19 @@ def publish(report: wr.Report, runs: Selection, metrics: Collection[str], groupi
         return str(target.save().url)
 
 
-def _require_runs(api: wandb.Api, path: str, runs: Selection) -> None:
+def _require_runs(api: wandb.Api, entity: str, project: str, runs: Selection) -> None:
     try:
-        there = {run.id for run in api.runs(path, filters={"name": {"$in": [*runs.compared]}})}
-    except ValueError:  # there is no such project
+        there = {run.id for run in api.runs(f"{entity}/{project}", filters={"name": {"$in": [*runs.compared]}})}
+    except ValueError as error:
+        if "find project" not in str(error):
+            raise
         there = set()
     missing = [name for name in runs.compared if name not in there]
     if missing:
-        entity, project = path.split("/")
         directories = [shlex.quote(str(runs.directories[name])) for name in missing if name in runs.directories]
         raise ValueError(
-            f"W&B's project {path} does not have the runs {', '.join(missing)}. Name another entity= and project=, or "
-            f"upload them: wandb sync -e {entity} -p {project} "
+            f"W&B's project {entity}/{project} does not have the runs {', '.join(missing)}. "
+            f"Name another entity= and project=, or upload them:\n  wandb sync -e {entity} -p {project} "
             f"{' '.join(directories) or 'RUN_DIRECTORY/wandb/offline-run-*'}"
         )
 
