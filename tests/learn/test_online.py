@@ -8,6 +8,7 @@ import pytest
 import wandb
 
 from repvgg.learn.logging import RunLogger
+from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.wandb_server import WandbServer
 
 
@@ -68,3 +69,21 @@ def test_no_server_is_an_error_that_says_what_to_do(
     wandb_server.stop()
     with pytest.raises(ValueError, match=r"W&B: (?s:.*)connection refused\. Or .* logger=wandb_offline"):
         logger(tmp_path).log_hyperparams({})
+
+
+def test_a_server_that_goes_away_costs_no_run(
+    wandb_server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+    run = logger(tmp_path)
+    run.log_hyperparams({"seed": 1})
+    wandb_server.stop()
+    run.log_metrics({"val/top1": 0.5}, step=1)
+    run.log_table("health/layers", ["layer"], [["stage1"]])
+    run.finish({"test/top1": 0.75}, exit_code=0)
+    assert "W&B has not got the table health/layers" in caplog.text
+    (file,) = find_offline_runs(tmp_path)
+    kept = read_offline_run(file)
+    assert kept.history["val/top1"].tolist() == [0.5]
+    assert kept.config["seed"] == 1

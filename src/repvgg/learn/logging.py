@@ -14,6 +14,11 @@ import wandb
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+log = logging.getLogger(__name__)
+
+#: How long the end of a run waits for the W&B server; the variable WANDB_FINISH_TIMEOUT changes it.
+FINISH_TIMEOUT_S = 600
+
 
 def quiet_lightning() -> None:
     """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls."""
@@ -67,6 +72,8 @@ class RunLogger(WandbLogger):
     ) -> None:
         if mode not in ("online", "offline"):
             raise ValueError(f"logger.wandb.mode={mode}: choose online or offline")
+        # A server that is gone must not hold a finished run for ever: `wandb sync` uploads what is missing.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT_S))
         if mode == "offline":  # not even a name look-up for crash reports
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         super().__init__(
@@ -94,6 +101,16 @@ class RunLogger(WandbLogger):
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"W&B: {reason}. Or keep the run on this machine: logger=wandb_offline") from error
+
+    def log_table(self, key: str, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; without a connection a warning, since the run that waits for it has more to do.
+
+        A table is an artifact, for which the client asks the server at once; everything else it keeps and sends later.
+        """
+        try:
+            super().log_table(key, *args, **kwargs)
+        except wandb.errors.Error as error:
+            log.warning("W&B has not got the table %s: %s", key, error)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Write ``summary`` and close the run, so that the next job of the process gets a run of its own."""
