@@ -123,6 +123,14 @@ class Comparison:
         """Those that are in the means."""
         return [run for group in self.groups for run in group.runs]
 
+    def base(self, group: Group) -> Group | None:
+        """The group that this one is compared with: the reference where everything else is equal."""
+
+        def context(of: Group) -> list[str]:
+            return [value for name, value in of.columns.items() if name != self.over]
+
+        return next((other for other in self.groups if other.is_reference and context(other) == context(group)), None)
+
     @property
     def comparisons(self) -> int:
         """How many differences have a p value."""
@@ -149,6 +157,8 @@ def compare(
         ValueError: nothing to compare, or a reference that no run is of.
     """
     said = list(notes)
+    if ignore:
+        said.append(f"By request, groups are not separated by {', '.join(ignore)}.")
     runs = sorted(runs, key=lambda run: (run.name, run.ids))
     trained, left = _usable(runs, said)
     keys = {run: _key(run, ignore) for run in trained}

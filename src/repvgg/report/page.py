@@ -6,13 +6,16 @@ The page is a function of the runs: it holds no time of its own, and made twice 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg.files import replacing
 from repvgg.report import charts, table
-from repvgg.report.compare import LEVEL, Comparison, Group, Spread, commit
+from repvgg.report.compare import EQUAL, LEVEL, Comparison, Difference, Group, Spread, commit
+from repvgg.report.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 #: What a page's directory holds, and nothing else.
 FILES = ("report.md", "report.html", "data.csv", "groups.csv")
 PICTURES = "pictures"
+#: Characters of an error that the page shows; data.csv has all.
+REASON = 240
 
 
 def write_page(comparison: Comparison, out: Path, title: str | None = None) -> list[Path]:
@@ -31,9 +36,9 @@ def write_page(comparison: Comparison, out: Path, title: str | None = None) -> l
     drawn = charts.charts(comparison)
     text = markdown(comparison, {name: words for name, (_, words) in drawn.items()}, title)
     pictures = {
-        f"{PICTURES}/{name}.{kind}": charts.save(figure, kind, name)
+        f"{PICTURES}/{name}.{kind}": content
         for name, (figure, _) in drawn.items()
-        for kind in ("svg", "png")
+        for kind, content in charts.save(figure, name).items()
     }
     files = {
         **pictures,
@@ -70,7 +75,6 @@ def tables(comparison: Comparison) -> dict[str, str]:
 
 
 def _accuracy(comparison: Comparison) -> str:
-    base = next((g for g in comparison.groups if g.is_reference), None)
     to = f"− {comparison.reference} [pp]"
     rows = []
     for group in comparison.groups:
@@ -86,9 +90,9 @@ def _accuracy(comparison: Comparison) -> str:
                 f"{LEVEL:.0%} interval": "" if d is None or d.low is None else f"{d.low:+.2f} … {d.high:+.2f}",
                 "pairs": "" if d is None else str(len(d.by_seed)),
                 "p": "" if d is None or d.p is None else _p(d.p),
-                "p (Holm)": "" if d is None or d.p_holm is None else _p(d.p_holm),
+                "p (Holm)": "" if d is None or d.p_holm is None or comparison.comparisons < 2 else _p(d.p_holm),
                 table.PAPER_TOP1: "" if paper is None else f"{100 * paper:.2f}",
-                f"paper {to}": _signed(charts.paper_difference(comparison, group, base)),
+                f"paper {to}": _signed(charts.paper_difference(comparison, group, comparison.base(group))),
             }
         )
     return _markdown(rows, comparison)
@@ -97,10 +101,10 @@ def _accuracy(comparison: Comparison) -> str:
 def _forms(comparison: Comparison) -> str:
     rows = []
     paper = comparison.paper
-    base = next((g for g in comparison.groups if g.is_reference), None)
     speed = table.SPEED_TRAIN if paper.speed == "train_form" else table.SPEED_DEPLOY
     words = "train form" if paper.speed == "train_form" else "deploy"
     for group in comparison.groups:
+        base = comparison.base(group)
         ours = base and _ratio(group.spread(speed), base.spread(speed))
         key = f"images_per_s_{paper.speed}"
         theirs, of_base = paper.number(group.runs[0], key), base and paper.number(base.runs[0], key)
@@ -149,9 +153,13 @@ def _p(value: float) -> str:
 
 
 def _markdown(rows: Sequence[Mapping[str, str]], comparison: Comparison) -> str:
-    """A GitHub table without the columns that are blank in every row."""
+    return _grid(rows, text=(*comparison.columns, "ablation"))
+
+
+def _grid(rows: Sequence[Mapping[str, str]], text: Collection[str]) -> str:
+    """A GitHub table without the columns that are blank in every row; those not in `text` are numbers."""
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    align = ["---" if name in (*comparison.columns, "ablation") else "--:" for name in names]
+    align = ["---" if name in text else "--:" for name in names]
     lines = [names, align, *([row[name] for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -210,22 +218,239 @@ def group_frame(comparison: Comparison) -> pd.DataFrame:
 
 
 def markdown(comparison: Comparison, pictures: Mapping[str, str], title: str | None = None) -> str:
-    """The page's text; `pictures` are names and captions of files in `pictures/`."""
+    """The page's text; `pictures` are names and captions of files in `pictures/`, none where there are no files."""
 
     def picture(name: str) -> str:
-        return f"![{pictures[name]}]({PICTURES}/{name}.svg)\n\n*{pictures[name]}*\n" if name in pictures else ""
+        words = pictures.get(name)
+        return f"![{words.partition('.')[0]}]({PICTURES}/{name}.svg)\n\n*{words}*\n" if words else ""
 
     made = tables(comparison)
     parts = [
         f"# {_escaped(title or default_title(comparison))}\n",
-        _facts(comparison),
+        _list(facts(comparison)),
+        "The numbers: [data.csv](data.csv), a row per run, and [groups.csv](groups.csv).\n" if pictures else "",
+        "## In short\n",
+        _list(reading(comparison)),
         "## Top-1\n",
         made["accuracy"],
         picture("top1"),
         "## Both forms\n",
         made["forms"],
+        picture("speed"),
+        "" if "curves" not in pictures else "## Learning curves\n",
+        picture("curves"),
+        "" if "branches" not in pictures else "## Branches\n",
+        picture("branches"),
+        "## Runs that are in no mean\n" if comparison.left else "",
+        _left(comparison) if comparison.left else "",
+        "## To be read with it\n",
+        _list([*limits(comparison), *map(_escaped, comparison.notes)]),
+        "## The same again\n",
+        _commands(comparison),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def facts(comparison: Comparison) -> list[str]:
+    """What was compared, when, where and with which code: Markdown, one line each."""
+    runs = comparison.runs
+    by = f" by {', '.join(map(_escaped, comparison.columns))}" if comparison.columns else ""
+    shared = ", ".join(f"{name} {_escaped(value)}" for name, value in comparison.shared.items())
+    seeds = _ranges(sorted({int(seed) for run in runs if (seed := run.config.get("seed")) is not None}))
+    times = sorted(run.when for run in runs if run.when is not None)
+    unknown = f" ({len(runs) - len(times)} runs do not say)" if times and len(times) < len(runs) else ""
+    first, last = (f"{time:%Y-%m-%d %H:%M}" for time in (times[0], times[-1])) if times else ("", "")
+    when = f"{first} to {last} UTC{unknown}" if times else "the runs do not say"
+    versions = _values(runs, lambda config: _joined(config.get("versions")))
+    return [
+        f"Compared: {_plural(len(comparison.groups), 'group')}{by}, {_plural(len(runs), 'finished run')}"
+        + (f", seeds {seeds}" if seeds else "")
+        + (f"; {_plural(len(comparison.left), 'run')} in no mean (below)" if comparison.left else ""),
+        *([f"In common: {shared}"] if shared else []),
+        f"Trained: {when}",
+        f"On: {_values(runs, _machine)}" + (f"; {versions}" if versions else ""),
+        f"Commit: {_values_of([commit(run) for run in runs])}",
+    ]
+
+
+def _machine(config: Mapping[str, Any]) -> str:
+    count = config.get("world_size")
+    return f"{f'{count} × ' if count and count > 1 else ''}{config.get('device') or 'a device the run does not name'}"
+
+
+def _joined(versions: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) if versions else ""
+
+
+def _values(runs: Sequence[Run], of: Callable[[Mapping[str, Any]], str]) -> str:
+    return _values_of([of(run.config) for run in runs])
+
+
+def _values_of(values: Sequence[str]) -> str:
+    """The different ones, each with how many have it where they are several."""
+    counts = sorted(Counter(value for value in values if value).items())
+    return "; ".join(_escaped(value) + (f" ({count} runs)" if len(counts) > 1 else "") for value, count in counts)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`1–3, 7` for 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def reading(comparison: Comparison) -> list[str]:
+    """What the numbers say, and how far: Markdown, one line each."""
+    lines = []
+    different = [(group, group.difference) for group in comparison.groups if group.difference is not None]
+    clear = [(g, d) for g, d in different if d.excludes_zero]
+    unclear = [(g, d) for g, d in different if d.low is not None and not d.excludes_zero]
+    blank = [(g, d) for g, d in different if d.low is None]
+    if clear or unclear:
+        lines.append(
+            f"The {LEVEL:.0%} interval of the difference to {_escaped(str(comparison.reference))} leaves out 0 for "
+            f"{len(clear)} of {len(clear) + len(unclear)}"
+            + (f": {_named_differences(clear)}." if clear else ".")
+            + (f" It holds 0 for {_named_differences(unclear)}: these runs do not tell them apart." if unclear else "")
+        )
+    if comparison.comparisons > 1:
+        holds = [_escaped(g.label) for g, d in different if d.p_holm is not None and d.p_holm < 1 - LEVEL]
+        lines.append(
+            f"Adjusted for all {comparison.comparisons} comparisons (Holm), p < {1 - LEVEL:.2f} for "
+            f"{', '.join(holds) if holds else 'none'}."
+        )
+    single = [(g, d) for g, d in blank if len(d.by_seed) == 1]
+    same = [(g, d) for g, d in blank if len(d.by_seed) > 1]
+    if single:
+        lines.append(f"One pair of seeds has no interval: {_named_differences(single)}. Train more seeds.")
+    if same:
+        lines.append(f"Every pair differs by the same, so there is no spread to go by: {_named_differences(same)}.")
+    if not different:
+        lines.append("No group is compared with another: there is no reference among them.")
+    gaps = [abs(gap) for group in comparison.groups for gap in group.values[table.TOP1_DIFF].dropna()]
+    if gaps:
+        lines.append(
+            f"Both forms score the same in all {_plural(len(gaps), 'run')}."
+            if max(gaps) < EQUAL
+            else f"The two forms of a run differ by at most {max(gaps):.2f} percentage points of top-1."
+        )
+    ups = [float(up) for group in comparison.groups for up in group.values[table.SPEED_UP].dropna()]
+    if ups:
+        lines.append(
+            f"Deployed, the networks are {min(ups):.2f} to {max(ups):.2f} times as fast."
+            if len(ups) > 1
+            else f"Deployed, the network is {ups[0]:.2f} times as fast."
+        )
+    if comparison.tau is not None:
+        tau, n = comparison.tau
+        lines.append(
+            f"Order of our means and of the paper's {comparison.paper.name}: Kendall's τ = {tau:+.2f}, n = {n}."
+        )
+    return lines
+
+
+def _named_differences(of: Sequence[tuple[Group, Difference]]) -> str:
+    return ", ".join(f"{_escaped(group.label)} ({d.mean:+.2f} pp)" for group, d in of)
+
+
+def limits(comparison: Comparison) -> list[str]:
+    """What the page does not say: Markdown, one line each."""
+    lines = [
+        "A group is the runs whose logged config is equal in every value but the seed and what cannot change a result: "
+        "names and places, logging, the loader's threads. The commit does not separate groups; it is named.",
+    ]
+    if any("test/deploy/top1" in run.metrics or "test/top1" in run.metrics for run in comparison.runs):
+        lines.append(
+            "Top-1 is the best checkpoint's on the validation images that also chose it, so it is too high, for all "
+            "groups alike; ± is the standard deviation (n − 1) over seeds."
+        )
+    pairs = [len(g.difference.by_seed) for g in comparison.groups if g.difference is not None]
+    if pairs:
+        few = min(pairs) < 5
+        lines.append(
+            f"Differences are of the same seeds, run by run; the {LEVEL:.0%} interval is Student's t for their mean. "
+            "It covers what a seed changes (first weights, order, augmentation), and neither other images nor another "
+            "recipe, and it takes the differences for normal, which "
+            + ("so few pairs cannot show." if few else "is not tested here.")
+        )
+        if min(pairs) < 3:
+            lines.append(
+                "With two pairs, an interval is 12.7 standard errors to either side: only a very large difference can "
+                "leave out 0."
+            )
+    if comparison.comparisons > 1:
+        lines.append(
+            f"{comparison.comparisons} differences are compared with 0. Intervals and p are each difference's own; p "
+            "(Holm) is adjusted for all of them, so that with no difference at all the chance of one below 0.05 is at "
+            "most 5 %."
+        )
+    precisions = _values(comparison.runs, lambda config: str((config.get("trainer") or {}).get("precision") or ""))
+    if precisions:
+        lines.append(f"Trained in {precisions}.")
+    return lines
+
+
+def _left(comparison: Comparison) -> str:
+    rows = []
+    for run, reason in comparison.left:
+        curve = run.history[run.history["metric"] == "val/deploy/top1"].dropna(subset="epoch")
+        rows.append(
+            {
+                "run": f"`{run.name.replace('`', '')}`".replace("|", "\\|"),
+                "status": _escaped(run.status),
+                "model": _escaped(run.choice("model") or ""),
+                "ablation": _escaped(run.choice("ablation") or ""),
+                "seed": "" if run.config.get("seed") is None else str(run.config["seed"]),
+                "epochs validated": "" if curve.empty else str(int(curve["epoch"].max()) + 1),
+                "last top-1 deploy [%]": "" if curve.empty else f"{100 * curve['value'].iloc[-1]:.2f}",
+                "why": _escaped(reason if len(reason) <= REASON else f"{reason[: REASON - 1]}…"),
+            }
+        )
+    return _grid(rows, text=("run", "status", "model", "ablation", "why"))
+
+
+def _commands(comparison: Comparison) -> str:
+    lines, unknown = commands(comparison.runs)
+    text = "```bash\n" + "\n".join(lines) + "\n```\n" if lines else ""
+    if unknown:
+        text += f"\nOf {_plural(unknown, 'run')} the command is not known; data.csv names the runs.\n"
+    return text
+
+
+def commands(runs: Sequence[Run]) -> tuple[list[str], int]:
+    """The commands that train these runs again, seeds, ablations and models gathered; and how many are not known."""
+    swept = ("model", "ablation", "seed")
+    values: dict[tuple[tuple[str, ...], ...], None] = {}
+    for run in runs:
+        if run.overrides is not None:
+            rest = tuple(o for o in run.overrides if o.partition("=")[0] not in swept)
+            own = dict(o.split("=", 1) for o in run.overrides if o.partition("=")[0] in swept)
+            values[(rest, *((own[name],) if name in own else () for name in swept))] = None
+    for position in (3, 2, 1):  # seeds of one ablation, then ablations with the same seeds, then models
+        gathered: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+        for key in values:
+            gathered.setdefault((*key[:position], *key[position + 1 :]), []).extend(key[position])
+        values = {
+            (*key[:position], tuple(dict.fromkeys(found)), *key[position:]): None for key, found in gathered.items()
+        }
+    lines = []
+    for rest, *lists in values:
+        given = [f"{name}={','.join(found)}" for name, found in zip(swept, lists, strict=True) if found]
+        several = ["-m"] if any(len(found) > 1 for found in lists) else []
+        lines.append(shlex.join(["python", "src/train.py", *several, *rest, *given]))
+    return lines, sum(run.overrides is None for run in runs)
 
 
 def default_title(comparison: Comparison) -> str:
@@ -234,10 +459,6 @@ def default_title(comparison: Comparison) -> str:
     of = f" of {comparison.shared['model']}" if "model" in comparison.shared else ""
     on = f" on {comparison.shared['data']}" if "data" in comparison.shared else ""
     return f"{what}{of}{on}"
-
-
-def _facts(comparison: Comparison) -> str:
-    return ""
 
 
 # --- HTML -----------------------------------------------------------------------------------------------------------
