@@ -164,6 +164,33 @@ def test_a_killed_worker_is_one_error_and_not_a_wait(faulty_sources: ModuleType,
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("from_stdin", [True, False])
+def test_a_script_that_cannot_start_workers_ends(tmp_path: Path, from_stdin: bool) -> None:
+    """From stdin there is no file for them to import, without a guard they would run the script again."""
+    code = f"""
+import numpy as np
+from repvgg.data.sources import InMemory
+from repvgg.data.write import WriteOptions, write_beton
+source = InMemory(np.zeros((300, 32, 32), np.uint8), np.zeros(300, np.int64), ["a"], "more bytes than a pipe holds")
+write_beton(source, {str(tmp_path / "x.beton")!r}, options=WriteOptions(), num_workers=1, progress=False)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-" if from_stdin else str(script)],
+        input=code if from_stdin else None,
+        env={**os.environ, "PYTHONPATH": SOURCE_ROOT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "a worker process died with code 1" in done.stderr
+    if not from_stdin:
+        assert "needs `if __name__" in done.stderr
+
+
 def test_silent_workers_are_one_error_and_not_a_wait(
     faulty_sources: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

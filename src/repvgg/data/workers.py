@@ -5,7 +5,9 @@ ends.
 """
 
 import os
+import pickle
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -15,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
 from typing import Any
 
 from repvgg.data.encode import Bad, Encoded, WriteOptions, encode_chunk
@@ -57,7 +60,12 @@ def encode_all(
         yield from (encode_chunk(source, chunk, options, seed) for chunk in chunks)
         return
     context = _Context()
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(source, options, seed))
+    # In a file: what is sent to a process as it starts, and is too long for a pipe, is waited for in vain if that
+    # process dies before it reads (the parent holds the pipe's other end too).
+    job = tempfile.NamedTemporaryFile(prefix="encode-", suffix=".pickle")  # noqa: SIM115 - closed below
+    pickle.dump((source, options, seed), job)
+    job.flush()
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(job.name,))
     finished = False
     try:
         waiting: deque[Future[Outcomes]] = deque()
@@ -75,6 +83,7 @@ def encode_all(
             for process in context.started:
                 process.kill()
         pool.shutdown(cancel_futures=True)
+        job.close()
 
 
 def _result(future: Future[Outcomes], context: _Context) -> Outcomes:
@@ -108,9 +117,9 @@ def _died(context: _Context) -> WorkerError:
 _job: tuple[ImageSource, WriteOptions, int] | None = None
 
 
-def _start(source: ImageSource, options: WriteOptions, seed: int) -> None:
-    global _job  # noqa: PLW0603 - sent once per worker: the index of a large source has tens of megabytes
-    _job = source, options, seed
+def _start(job: str) -> None:
+    global _job  # noqa: PLW0603 - read once per worker: the index of a large source has tens of megabytes
+    _job = pickle.loads(Path(job).read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

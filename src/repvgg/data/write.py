@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,6 +211,9 @@ def _require_space(source: ImageSource, partial: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One writer per target at a time, also between machines where the file system has locks."""
+    if getattr(current_process(), "_inheriting", False):
+        # A worker, importing the script that started it, would wait here for its own parent.
+        raise WriteError('the script that writes with several processes needs `if __name__ == "__main__":` around it')
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
