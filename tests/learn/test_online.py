@@ -1,6 +1,7 @@
 """`RunLogger` in online mode, against the stand-in: what arrives, what resuming does, what it says without a server."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import wandb
 
 from repvgg.learn.logging import RunLogger
 from repvgg.report.offline import find_offline_runs, read_offline_run
-from support.wandb_server import WandbServer
+from support.wandb_server import WandbServer, client
 
 
 def logger(directory: Path, **options: str) -> RunLogger:
@@ -60,6 +61,22 @@ def test_the_same_id_appends(wandb_server: WandbServer, tmp_path: Path) -> None:
     assert held.column("trainer/global_step") == [1, 2, 3, 4, 5]
     assert held.summary.keys() >= {"after/3", "after/5"}
     assert held.config == {"epochs": 5}
+
+
+def test_sync_joins_the_offline_parts_of_a_run(wandb_server: WandbServer, tmp_path: Path) -> None:
+    for part in (1, 2):
+        run = RunLogger(mode="offline", project="repvgg", save_dir=str(tmp_path / str(part)), id="mine")
+        run.log_hyperparams({"part": part})
+        run.log_metrics({"loss": 1 / part}, step=part)
+        run.finish({}, exit_code=0)
+        assert not wandb_server.runs
+    directories = [str(file.parent) for file in find_offline_runs(tmp_path)]
+    for directory in directories:
+        subprocess.run(client("sync", directory), check=True, timeout=60, capture_output=True)
+    held = wandb_server.run()
+    assert held.id == "mine"
+    assert held.column("loss") == [1, 0.5]
+    assert held.config == {"part": 2}
 
 
 def test_no_server_is_an_error_that_says_what_to_do(

@@ -105,8 +105,7 @@ def test_saves_finds_changes_and_deletes_a_report(wandb_server: WandbServer) -> 
     assert not wandb_server.views
 
 
-@pytest.mark.parametrize("method", ["grid", "random"])
-def test_an_agent_runs_a_sweep(method: str, wandb_server: WandbServer, tmp_path: Path) -> None:
+def test_an_agent_runs_a_sweep(wandb_server: WandbServer, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(
         "import sys, wandb\n"
         "with wandb.init(settings=wandb.Settings(quiet=True, console='off', x_disable_stats=True)) as run:\n"
@@ -114,7 +113,7 @@ def test_an_agent_runs_a_sweep(method: str, wandb_server: WandbServer, tmp_path:
     )
     (tmp_path / "sweep.yaml").write_text(
         "program: tiny.py\n"
-        f"method: {method}\n"
+        "method: random\n"
         "run_cap: 2\n"
         "metric: {name: loss, goal: minimize}\n"
         "parameters: {a: {values: [1, 2]}, b.c: {value: x}}\n"
@@ -129,4 +128,4 @@ def test_an_agent_runs_a_sweep(method: str, wandb_server: WandbServer, tmp_path:
     for run, given in zip(runs, wandb_server.sweeps[sweep].given, strict=True):
         assert (run.sweep, run.state, run.config) == (sweep, "finished", given)
         assert run.summary["arguments"] == [f"a={given['a']}", "b.c=x"]
-    assert method == "random" or [run.config["a"] for run in runs] == [1, 2]
+        assert given["a"] in (1, 2)

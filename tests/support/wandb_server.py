@@ -223,13 +223,10 @@ class WandbServer:
             # mutations
             "upsertBucket": on_input(self._upsert_run),
             "createRunFiles": on_input(self._create_run_files),
-            "markRunFilesUploaded": on_input(lambda _: {"success": True}),
             "createArtifact": on_input(self._create_artifact),
             "createArtifactManifest": on_input(self._create_manifest),
-            "updateArtifactManifest": on_input(self._create_manifest),
             "createArtifactFiles": on_input(self._create_artifact_files),
             "commitArtifact": on_input(self._commit_artifact),
-            "useArtifact": on_input(lambda a: {"artifact": {"id": a["artifactID"]}}),
             "upsertModel": on_input(self._upsert_project),
             "upsertView": on_input(self._upsert_view),
             "deleteView": on_input(self._delete_view),
@@ -282,7 +279,6 @@ class WandbServer:
                 "sweeps": lambda a: _connection([self._sweep_node(s.id) for s in self._sweeps(key)], a),
                 "totalSweeps": lambda _: len(self._sweeps(key)),
                 "allViews": lambda a: _connection(self._views(key, a), a),
-                "artifactType": lambda _: None,
             }
         return self.projects[key]
 
@@ -431,8 +427,8 @@ class WandbServer:
         }
 
     def _create_manifest(self, given: Node) -> Node:
-        identifier = given.get("artifactID") or given["artifactManifestID"]
-        url = f"{self.url}/artifacts/{identifier}/{given.get('name', 'wandb_manifest.json')}"
+        identifier = given["artifactID"]
+        url = f"{self.url}/artifacts/{identifier}/{given['name']}"
         file = {"id": identifier, "uploadUrl": url, "uploadHeaders": [], "name": "wandb_manifest.json"}
         return {"artifactManifest": {"id": identifier, "file": file}}
 
