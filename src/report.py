@@ -16,9 +16,7 @@ def main(cfg: DictConfig) -> None:
     """Check, read, compare, write."""
     with clear_errors():
         if cfg.runs is None or cfg.runs == []:
-            raise ValueError(
-                "runs=DIRECTORY is missing: where the runs are, as in\n  python src/report.py runs=multirun"
-            )
+            raise ValueError("runs=PLACE is missing: where the runs are, as in\n  python src/report.py runs=multirun")
         if cfg.target not in TARGETS:
             raise ValueError(f"target={cfg.target}: choose {' or '.join(TARGETS)}")
         places = [str(place) for place in (cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs])]

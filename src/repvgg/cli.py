@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
@@ -90,10 +90,12 @@ def recorded(
     finally:
         if status != "finished":
             metrics |= last_metrics(trainer)
-        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
         if trainer.is_global_zero:
             value = metrics.get(objective)
             write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
+        # After the record: W&B may have to be waited for.
+        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
+        if trainer.is_global_zero:
             log.info(conclusion(config["run"]["name"], status, metrics, directory))
 
 
@@ -119,6 +121,8 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         try:
             compose(config_name, overrides=overrides, return_hydra_config=True)
+        except OverrideParseException:  # Hydra has said where
+            return None
         except ConfigCompositionException as error:
             if not isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
                 return None
@@ -185,16 +189,40 @@ OF_THE_NETWORK = {"model": "net", "ablation": "block", "data": "data"}
 
 
 def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Arguments of which ``key=PATH`` is quoted where PATH is a file.
+    """Arguments of which ``key=PATH`` is quoted where PATH is there, and so every PATH of ``key=[PATH,PATH]``.
 
     Hydra's grammar has no bare = or comma in a value, and a sweep's directories are called ``0_ablation=id``.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        bare = key in keys and equals and set(value) & set("=,") and Path(value).is_file()
-        quoted.append(f"{key}='{value.replace(chr(39), chr(92) + chr(39))}'" if bare else argument)
+        if key in keys and equals:
+            is_list = value.startswith("[") and value.endswith("]")
+            argument = f"{key}=[{_quote_parts(value[1:-1])}]" if is_list else f"{key}={_quote(value)}"
+        quoted.append(argument)
     return quoted
+
+
+def _quote(value: str) -> str:
+    bare = set(value) & set("=,") and _is_there(value)
+    return f"'{value.replace(chr(39), chr(92) + chr(39))}'" if bare else value
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a path can be
+        return False
+
+
+def _quote_parts(text: str) -> str:
+    """Between commas, the longest that is a path is one part."""
+    parts, quoted = text.split(","), []
+    while parts:
+        taken = next((n for n in range(len(parts), 1, -1) if _is_there(",".join(parts[:n]))), 1)
+        quoted.append(_quote(",".join(parts[:taken])))
+        parts = parts[taken:]
+    return ",".join(quoted)
 
 
 def overrides_of_run(checkpoint: str | Path, typed: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ def make_run(tmp_path: Path) -> Make:
         error: str | None = None,
         curve: tuple[float, ...] = (0.5, 0.8, 0.9),
         seed: int = 0,
+        config: dict[str, Any] | None = None,
         **choices: str,
     ) -> RunRecord:
         run_dir = tmp_path / str(job)
@@ -51,7 +52,8 @@ def make_run(tmp_path: Path) -> Make:
                 "choices": {"model": "repvgg_b0", "ablation": ablation, "recipe": "quick", "data": "digits"} | choices,
                 "seed": seed,
                 "bench": {"batch": 64, "dtype": "float32", "device": "cpu", "resolution": 32},
-            },
+            }
+            | (config or {}),
             metrics=measured if metrics is None else metrics,
             objective=0.955,
             error=error,

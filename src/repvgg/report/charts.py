@@ -242,7 +242,7 @@ def _label_right(axes: Any, points: Sequence[tuple[str, tuple[float, float]]]) -
             va="center",
             fontsize=11,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 2, "shrinkB": 5},
+            arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6, "relpos": (0, 0.5), "shrinkB": 5},
         )
 
 
@@ -338,7 +338,7 @@ def _branches(comparison: Comparison) -> tuple[Figure, str] | None:
     found = [(group, shares) for group in comparison.groups if len(shares := branch_shares(group)) > 1]
     if not found:
         return None
-    kinds = sorted({kind for _, shares in found for kind in shares}, key=lambda kind: (kind not in KINDS, kind))
+    kinds = sorted({kind for _, shares in found for kind in shares}, key=_kind_order)
     stages = sorted({stage for _, shares in found for kind in shares.values() for stage in kind})
     style: dict[str, dict[str, Any]] = {
         kind: {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)], "marker": "o", "ms": 4}
@@ -371,6 +371,10 @@ def _branches(comparison: Comparison) -> tuple[Figure, str] | None:
         "layers and seeds, bars one standard deviation of the seeds. A block's shares add up to 1; a negative one "
         "works against the others."
     )
+
+
+def _kind_order(kind: str) -> tuple[int, str]:
+    return (KINDS.index(kind) if kind in KINDS else len(KINDS), kind)
 
 
 def branch_shares(group: Group) -> dict[str, dict[str, tuple[float, float]]]:

@@ -425,7 +425,7 @@ def _commands(comparison: Comparison) -> str:
     lines, unknown = commands(comparison.runs)
     text = "```bash\n" + "\n".join(lines) + "\n```\n" if lines else ""
     if unknown:
-        text += f"\nOf {_plural(unknown, 'run')} the command is not known; data.csv names the runs.\n"
+        text += f"\nOf {_plural(unknown, 'run')} the command is not known.\n"
     return text
 
 

@@ -187,6 +187,7 @@ def hydra_record(job: Path) -> dict[str, Any]:
     As much of it as there is.
     """
     from omegaconf import OmegaConf
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     found: dict[str, Any] = {}
     try:
@@ -200,17 +201,19 @@ def hydra_record(job: Path) -> dict[str, Any]:
         config: Any = OmegaConf.to_container(OmegaConf.load(job / HYDRA / "config.yaml"))
         found["seed"] = config.get("seed")
         found["callbacks"] = config.get("callbacks")
-    except FileNotFoundError:
+    except (FileNotFoundError, YAMLError, KeyError):
         pass  # hydra.output_subdir=null, or a job that died early: the name of the directory is left to go by
     return found
 
 
 def _hparams(directory: Path) -> dict[str, Any] | None:
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    if not (directory / HPARAMS).exists():
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(directory / HPARAMS))
+    except (FileNotFoundError, YAMLError):  # killed before, or while it was written
         return None
-    content = OmegaConf.to_container(OmegaConf.load(directory / HPARAMS))
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else None
 
 
@@ -341,7 +344,8 @@ def read_online(place: str) -> list[Run]:
 def _online_run(run: Any) -> Run:
     import pandas as pd
 
-    parts = [pd.DataFrame(run.scan_history(keys=["epoch", "trainer/global_step", name])) for name in CURVES]
+    needed = [["epoch", "trainer/global_step", name] for name in CURVES]
+    parts = [pd.DataFrame(list(run.scan_history(keys=keys)), columns=keys) for keys in needed]
     config = {key: value for key, value in dict(run.config).items() if not key.startswith("_")}
     started = datetime.fromisoformat(run.created_at.replace("Z", "+00:00"))
     return Run(

@@ -1,0 +1,199 @@
+import csv
+import io
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from repvgg.report import page
+from repvgg.report.compare import Comparison, compare
+from repvgg.report.record import RunRecord
+from repvgg.report.runs import Run, read_runs
+
+Make = Callable[..., RunRecord]
+
+
+def make_all(make_run: Make) -> None:
+    for seed, (full, plain) in enumerate([(0.75, 0.70), (0.76, 0.72), (0.74, 0.69)], start=1):
+        for ablation, top1 in (("full", full), ("plain", plain)):
+            speed = 200.0 if ablation == "full" else 300.0
+            make_run(
+                f"{ablation}-{seed}",
+                ablation,
+                seed=seed,
+                metrics={
+                    **{"test/top1": top1, "test/deploy/top1": top1, "bench/speedup": 600 / speed},
+                    **{"bench/train_form/images_per_s": speed, "bench/deploy/images_per_s": 600.0},
+                },
+            )
+    make_run("0_id|<b>", "id", seed=1, status="failed", metrics={}, error="RuntimeError: <script>*no* | `good`\nat all")
+
+
+@pytest.fixture
+def comparison(make_run: Make, tmp_path: Path) -> Comparison:
+    make_all(make_run)
+    return compare(read_runs([str(tmp_path)])[0])
+
+
+class Reader(HTMLParser):
+    """Tables as rows of cells, and everything that a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.in_cell = True
+        self.fetched += [str(value) for name, value in attrs if name in ("src", "srcset", "data", "style") and value]
+        if tag == "link":
+            self.fetched.append("link")
+
+    def handle_data(self, data: str) -> None:
+        if self.in_cell:
+            self.tables[-1][-1][-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell &= tag not in ("td", "th")
+
+
+def test_a_page_made_twice_is_the_same_byte_for_byte(comparison: Comparison, tmp_path: Path) -> None:
+    first, second = tmp_path / "out" / "first", tmp_path / "out" / "second"
+    for out in (first, second):
+        page.write_page(comparison, out)
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert [f.as_posix() for f in files] == [
+        *("data.csv", "groups.csv"),
+        *(f"pictures/{name}.{kind}" for name in ("curves", "speed", "top1") for kind in ("png", "svg")),
+        *("report.html", "report.md"),
+    ]
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+    with Image.open(first / "pictures" / "top1.png") as image:
+        assert image.width == 1100
+
+
+def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Comparison, tmp_path: Path) -> None:
+    page.write_page(comparison, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    reader = Reader(text)
+    assert {"script", "b", "iframe", "link"}.isdisjoint(reader.tags)
+    images = [source for source in reader.fetched if source.startswith("data:")]
+    assert len(images) == 3
+    assert all(s.startswith(("data:image/svg+xml;base64,", "text-align")) for s in reader.fetched)
+    assert not re.search(r"url\(|@import", page.CSS)
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count('<div class="scroll"><table>') == len(reader.tables) == 3
+    failed = reader.tables[-1][1]
+    assert failed[:2] == ["0_id|<b>", "failed"]
+    assert failed[-1] == "RuntimeError: <script>*no* | `good` at all"
+
+
+def test_the_tables_hold_the_numbers(comparison: Comparison, tmp_path: Path) -> None:
+    page.write_page(comparison, tmp_path / "out")
+    accuracy, forms, _ = Reader((tmp_path / "out" / "report.html").read_text()).tables
+    plain = dict(zip(accuracy[0], accuracy[2], strict=True))
+    assert plain == {
+        "ablation": "plain",
+        "n": "3",
+        "top-1 train form [%]": "70.33 ± 1.53",
+        "top-1 deploy [%]": "70.33 ± 1.53",
+        "− full [pp]": "-4.67",
+        "95% interval": "-6.10 … -3.23",  # scipy.stats.ttest_rel([70, 72, 69], [75, 76, 74])
+        "pairs": "3",
+        "p": "0.005",
+        "paper top-1 [%]": "72.39",
+        "paper − full [pp]": "-2.75",
+    }
+    assert accuracy[1][:2] == ["full", "3"]
+    speeds = dict(zip(forms[0], forms[2], strict=True))
+    assert speeds["train form [images/s]"] == "300 ± 0.0"
+    assert speeds["speed-up [×]"] == "2.00 ± 0.00"
+    assert (speeds["train form speed, × full"], speeds["paper"]) == ("1.50", f"{1810 / 1061:.2f}")
+
+
+def test_the_csv_files_hold_every_run_and_all_digits(comparison: Comparison, tmp_path: Path) -> None:
+    page.write_page(comparison, tmp_path / "out")
+    runs = list(csv.DictReader(io.StringIO((tmp_path / "out" / "data.csv").read_text())))
+    assert len(runs) == 7
+    assert {r["group"] for r in runs} == {"full", "plain", ""}
+    (failed,) = [r for r in runs if r["status"] == "failed"]
+    assert failed["left out because"].startswith("RuntimeError: <script>")
+    groups = list(csv.DictReader(io.StringIO((tmp_path / "out" / "groups.csv").read_text())))
+    assert float(groups[1]["top-1 deploy [%]"]) == pytest.approx(211 / 3)
+    assert float(groups[1]["difference to full [pp]"]) == pytest.approx(-14 / 3)
+    assert groups[0]["p"] == ""
+
+
+def test_the_words_say_what_the_numbers_allow(comparison: Comparison) -> None:
+    text = page.markdown(comparison, {})
+    assert "leaves out 0 for 1 of 1: plain (-4.67 pp)." in text
+    assert "Both forms score the same in all 6 runs." in text
+    assert "6 finished runs, seeds 1–3; 1 run in no mean" in text
+    assert "not comparable with runs of data digits, recipe quick" in text
+    assert "report.md" not in text
+    assert "data.csv" not in text, "where there are no files none are named"
+
+
+def test_what_is_of_others_stays(comparison: Comparison, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files \(thesis\.tex\): name a directory of the page's own"):
+        page.write_page(comparison, out)
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"):
+        page.require_own(out / "thesis.tex")
+
+
+def test_an_older_page_is_replaced_whole(comparison: Comparison, make_run: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    page.write_page(comparison, out)
+    only = make_run("alone/x", metrics={"test/top1": 0.5, "test/deploy/top1": 0.5}, curve=()).run_dir
+    page.write_page(compare(read_runs([str(only)])[0]), out)
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == ["top1.png", "top1.svg"]
+    assert "Nothing" not in (out / "report.md").read_text()
+
+
+def with_overrides(*overrides: str) -> Any:
+    return Run(run_dir=Path(), status="finished", overrides=overrides)
+
+
+def test_commands_gather_seeds_and_ablations() -> None:
+    sweep = [
+        with_overrides(f"ablation={a}", "+experiment=[table6,on_digits]", f"seed={s}")
+        for a in ("full", "id")
+        for s in (1, 2)
+    ]
+    alone = with_overrides("recipe.lr=0.1", "ablation=full")
+    more = with_overrides("ablation=plain", "+experiment=[table6,on_digits]", "seed=3")
+    unknown = Run(run_dir=Path(), status="finished")
+    lines, missing = page.commands([*sweep, alone, more, unknown])
+    assert lines == [
+        "python src/train.py -m '+experiment=[table6,on_digits]' ablation=full,id seed=1,2",
+        "python src/train.py recipe.lr=0.1 ablation=full",
+        "python src/train.py '+experiment=[table6,on_digits]' ablation=plain seed=3",
+    ]
+    assert missing == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([], ""), ([3], "3"), ([1, 2], "1, 2"), ([0, 1, 2, 5, 7, 8, 9], "0–2, 5, 7–9")]
+)
+def test_ranges(numbers: list[int], text: str) -> None:
+    assert page._ranges(numbers) == text

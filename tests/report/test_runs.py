@@ -1,0 +1,239 @@
+"""What runs leave, read back: directories as training leaves them, files of the real W&B client, its API."""
+
+import dataclasses
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from repvgg.report.compare import compare
+from repvgg.report.offline import find_offline_runs
+from repvgg.report.record import RunRecord
+from repvgg.report.runs import Run, read_runs
+from support.wandb_server import Run as Online
+from support.wandb_server import WandbServer, wandb_server  # noqa: F401
+
+Make = Callable[..., RunRecord]
+CHOICES = {"model": "repvgg_b0", "ablation": "id", "data": "digits", "recipe": "quick"}
+
+#: Arguments: directory of the run, its id, first and last epoch, seed, and how it ends: an exit code, or `kill`.
+CLIENT = """
+import os, sys, time, wandb
+settings = wandb.Settings(
+    console="off", x_disable_stats=True, x_disable_machine_info=True, disable_git=True,
+    x_save_requirements=False, x_transaction_log_flush_interval=0.1,
+)
+choices = {"model": "repvgg_b0", "ablation": "id", "data": "digits", "recipe": "quick"}
+for directory, name, first, last, seed, end in (words.split(",") for words in sys.argv[1:]):
+    run = wandb.init(
+        dir=directory, id=name, name=name, project="p", config={"choices": choices, "seed": int(seed)},
+        settings=settings,
+    )
+    for epoch in range(int(first), int(last)):
+        top1 = {"val/top1": epoch / 10, "val/deploy/top1": epoch / 10}
+        run.log({**top1, "epoch": epoch, "trainer/global_step": 9 + epoch})
+    if end == "kill":
+        time.sleep(0.6)
+        os._exit(9)
+    run.summary.update({"test/top1": 0.5, "test/deploy/top1": 0.5, "health/share/stage1/identity": 0.25})
+    run.finish(exit_code=int(end))
+"""
+
+
+def log_offline(environment: dict[str, str], *runs: str) -> None:
+    for words in runs:
+        Path(words.split(",")[0]).mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "-c", CLIENT, *runs], env=environment, check=False, timeout=100)
+
+
+def named(found: list[Run], name: str) -> Run:
+    (run,) = [run for run in found if run.name == name]
+    return run
+
+
+def curve(run: Run) -> list[tuple[int, float]]:
+    deploy = run.history[run.history["metric"] == "val/deploy/top1"]
+    return list(zip(deploy["epoch"].tolist(), deploy["value"].tolist(), strict=True))
+
+
+def test_wandbs_files_alone_say_what_they_know(tmp_path: Path, environment: dict[str, str]) -> None:
+    runs = tmp_path / "runs"
+    log_offline(
+        environment,
+        *[f"{runs}/whole,whole,0,3,1,0", f"{runs}/bad,bad,0,2,2,1"],
+        *[f"{runs}/first,same,0,2,3,1", f"{runs}/second,same,2,5,3,0"],  # resumed elsewhere under its id
+        f"{runs}/killed,killed,0,4,4,kill",
+    )
+    (whole,) = find_offline_runs(runs / "whole")
+    shutil.copytree(whole.parent, runs / "copies" / "offline-run-20260101_000000-whole")
+    found, notes = read_runs([str(runs)])
+    assert {run.ids: run.status for run in found} == {
+        ("whole",): "finished",
+        ("bad",): "failed",
+        ("same",): "finished",
+        ("killed",): "not finished",
+    }
+    by_id = {run.ids[0]: run for run in found}
+    assert curve(by_id["whole"]) == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    assert curve(by_id["same"]) == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert len(curve(by_id["killed"])) == 4
+    assert by_id["whole"].metrics["test/deploy/top1"] == 0.5
+    assert by_id["whole"].started is not None
+    assert sum("counted once" in note for note in notes) == 2
+    comparison = compare(found)
+    assert [run.config["seed"] for run in comparison.runs] == [1, 3]
+    assert {run.ids[0]: reason for run, reason in comparison.left} == {
+        "bad": "exit code 1 in its W&B file",
+        "killed": "killed, or still running: its W&B file has no record of an end",
+    }
+
+
+def test_a_record_beside_an_open_wandb_file_is_of_an_earlier_start(
+    make_run: Make, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    directory = make_run("a", "id").run_dir
+    log_offline(environment, f"{directory},one,0,2,1,0")
+    assert read_runs([str(tmp_path)])[0][0].status == "finished"
+    log_offline(environment, f"{directory},two,0,2,1,kill")
+    (run,), _ = read_runs([str(tmp_path)])
+    assert (run.status, run.ids) == ("not finished", ("one", "two"))
+
+
+def test_a_torn_wandb_file_is_named_and_costs_nothing_else(make_run: Make, tmp_path: Path) -> None:
+    folder = make_run("a").run_dir / "wandb" / "offline-run-20260101_000000-x"
+    folder.mkdir(parents=True)
+    (folder / "run-x.wandb").write_bytes(b"")
+    (run,), notes = read_runs([str(tmp_path)])
+    assert (run.status, run.ids) == ("finished", ())
+    assert any("run-x.wandb is not a W&B run file" in note for note in notes)
+
+
+def test_directories_at_any_depth_and_what_is_missing_in_them(make_run: Make, tmp_path: Path) -> None:
+    make_run("0_ablation=full,seed=1", seed=1, curve=())
+    make_run("deep/er/1_ablation=id", "id", metrics={"val/top1": math.nan}, curve=())
+    for name in ("torn", "begun"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+    (tmp_path / "torn" / "result.json").write_text('{"status": "finis')
+    (tmp_path / "torn" / "metrics.csv").write_text("")
+    (tmp_path / "torn" / ".hydra" / "hydra.yaml").write_text("hydra: {job: {nu")
+    (tmp_path / "torn" / "hparams.yaml").write_text("seed: [")
+    found, notes = read_runs([str(tmp_path)])
+    assert [(run.name, run.status) for run in found] == [
+        ("0_ablation=full,seed=1", "finished"),
+        ("begun", "no result"),
+        ("deep/er/1_ablation=id", "finished"),
+        ("torn", "unreadable"),
+    ]
+    assert notes == []
+    twice, _ = read_runs([str(tmp_path), str(tmp_path / "deep")])
+    assert len(twice) == 4
+
+
+def test_what_hydra_and_the_csv_logger_wrote_of_a_killed_run(make_run: Make, tmp_path: Path) -> None:
+    run_dir = make_run("a", curve=(0.1, 0.2, 0.3)).run_dir
+    (run_dir / "result.json").unlink()
+    (run_dir / ".hydra").mkdir()
+    (run_dir / ".hydra/hydra.yaml").write_text(
+        "hydra: {job: {num: '???', name: train}, runtime: {choices: {ablation: id}}, overrides: {task: [seed=3]}}"
+    )
+    (run_dir / ".hydra/config.yaml").write_text("seed: 3\ncallbacks: {best: {dirpath: '${output_dir}/x'}}\n")
+    with (run_dir / "metrics.csv").open("a") as file:
+        file.write("2,39,,0.")
+    (run,), _ = read_runs([str(tmp_path)])
+    assert (run.status, run.choice("ablation"), run.config["seed"]) == ("no result", "id", 3)
+    assert run.overrides == ("seed=3",)
+    assert run.config["callbacks"] == {"best": {"dirpath": "${output_dir}/x"}}
+    assert curve(run) == [(0, 0.1), (1, 0.2), (2, 0.3)]
+    (run_dir / "hparams.yaml").write_text("choices: {ablation: full}\nseed: 4\nnet: {width_a: 0.25}\n")
+    (run,), _ = read_runs([str(tmp_path)])
+    assert (run.choice("ablation"), run.config["net"]) == ("full", {"width_a": 0.25})
+
+
+def test_a_resumed_runs_history_goes_on_and_a_repeated_ones_does_not(make_run: Make, tmp_path: Path) -> None:
+    run_dir = make_run("a", curve=(0.1, 0.2)).run_dir
+    header = "epoch,step,train/loss,val/deploy/top1\n"
+    (run_dir / "metrics.csv").rename(run_dir / "metrics.1.csv")
+    (run_dir / "metrics.csv").write_text(f"{header}1,19,,0.25\n2,29,,0.3\n")
+    (run,), _ = read_runs([str(tmp_path)])
+    assert curve(run) == [(0, 0.1), (1, 0.25), (2, 0.3)]
+    (run_dir / "metrics.csv").write_text(f"{header}0,9,,0.7\n")
+    (run,), _ = read_runs([str(tmp_path)])
+    assert curve(run) == [(0, 0.7)]
+
+
+def test_an_evaluation_is_told_from_a_training(make_run: Make, tmp_path: Path) -> None:
+    make_run("train")
+    make_run("evaluate", config={"weights": {"naming": "ours", "form": "train"}})
+    found, _ = read_runs([str(tmp_path)])
+    assert {run.name: run.evaluation for run in found} == {"train": False, "evaluate": True}
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [("nowhere", "there is no directory .*nowhere"), ("wandb:me", "write wandb:ENTITY/PROJECT or wandb:ENTITY/PROJ")],
+)
+def test_a_place_that_is_none_is_one_error(place: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        read_runs([place])
+
+
+# --- W&B's API ------------------------------------------------------------------------------------------------------
+
+
+def online(server: WandbServer, name: str, seed: int, **more: Any) -> None:
+    rows = [
+        {"_step": 2 * i, "epoch": i, "trainer/global_step": 10 * i, "val/top1": v, "val/deploy/top1": v}
+        for i, v in enumerate((0.1, 0.2))
+    ] + [{"_step": 5, "epoch": 1, "trainer/global_step": 12, "train/loss": 0.5}]
+    summary = {"test/top1": 0.5, "test/deploy/top1": 0.5 + seed / 100, "media": {"_type": "table"}}
+    config = {"choices": {"value": CHOICES | {"ablation": more.pop("ablation", "id")}}, "seed": {"value": seed}}
+    server.runs[name] = dataclasses.replace(
+        Online(name, "me", "repvgg", name=f"run {name}", group="g", job_type="train", state="finished"),
+        **{"history": rows, "summary": summary, "logged_config": config, **more},
+    )
+
+
+def test_runs_of_a_project_or_a_group_come_through_the_api(
+    wandb_server: WandbServer,  # noqa: F811
+) -> None:
+    wandb_server._upsert_project({"entityName": "me", "name": "repvgg"})
+    online(wandb_server, "a", 1)
+    online(wandb_server, "b", 2, state="crashed")
+    online(wandb_server, "c", 3, group="other")
+    online(wandb_server, "d", 1, ablation="full")
+    online(wandb_server, "e", 1, job_type="eval")
+    found, notes = read_runs(["wandb:me/repvgg/g"])
+    assert sorted((run.ids[0], run.status) for run in found) == [
+        *[("a", "finished"), ("b", "crashed"), ("d", "finished"), ("e", "finished")]
+    ]
+    assert notes == []
+    assert curve(named(found, "run a")) == [(0, 0.1), (1, 0.2)]
+    assert named(found, "run a").metrics == {"test/top1": 0.5, "test/deploy/top1": 0.51}
+    comparison = compare(found)
+    assert [(r.name, reason) for r, reason in comparison.left] == [("run b", "W&B calls it crashed")]
+    assert len(comparison.runs) == 2
+    assert any("evaluations of checkpoints and left out: run e" in note for note in comparison.notes)
+    assert {run.ids[0] for run in read_runs(["wandb:me/repvgg"])[0]} == {*"abcde"}
+
+
+def test_an_online_copy_of_an_offline_run_counts_once(
+    wandb_server: WandbServer,  # noqa: F811
+    tmp_path: Path,
+    environment: dict[str, str],
+) -> None:
+    log_offline(environment, f"{tmp_path}/here,a,0,2,1,0")
+    wandb_server._upsert_project({"entityName": "me", "name": "repvgg"})
+    online(wandb_server, "a", 1)
+    found, notes = read_runs([str(tmp_path), "wandb:me/repvgg"])
+    assert [run.ids for run in found] == [("a",)]
+    assert any("counted once" in note for note in notes)
+
+
+def test_a_project_that_is_not_there_is_one_error(wandb_server: WandbServer) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"runs=wandb:me/none: W&B says: .*none"):
+        read_runs(["wandb:me/none"])
