@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from repvgg.report import runs
 from repvgg.report.compare import compare
 from repvgg.report.offline import find_offline_runs
 from repvgg.report.record import RunRecord
@@ -62,16 +64,16 @@ def curve(run: Run) -> list[tuple[int, float]]:
 
 
 def test_wandbs_files_alone_say_what_they_know(tmp_path: Path, environment: dict[str, str]) -> None:
-    runs = tmp_path / "runs"
+    root = tmp_path / "runs"
     log_offline(
         environment,
-        *[f"{runs}/whole,whole,0,3,1,0", f"{runs}/bad,bad,0,2,2,1"],
-        *[f"{runs}/first,same,0,2,3,1", f"{runs}/second,same,2,5,3,0"],  # resumed elsewhere under its id
-        f"{runs}/killed,killed,0,4,4,kill",
+        *[f"{root}/whole,whole,0,3,1,0", f"{root}/bad,bad,0,2,2,1"],
+        *[f"{root}/first,same,0,2,3,1", f"{root}/second,same,2,5,3,0"],  # resumed elsewhere under its id
+        f"{root}/killed,killed,0,4,4,kill",
     )
-    (whole,) = find_offline_runs(runs / "whole")
-    shutil.copytree(whole.parent, runs / "copies" / "offline-run-20260101_000000-whole")
-    found, notes = read_runs([str(runs)])
+    (whole,) = find_offline_runs(root / "whole")
+    shutil.copytree(whole.parent, root / "copies" / "offline-run-20260101_000000-whole")
+    found, notes = read_runs([str(root)])
     assert {run.ids: run.status for run in found} == {
         ("whole",): "finished",
         ("bad",): "failed",
@@ -232,6 +234,17 @@ def test_an_online_copy_of_an_offline_run_counts_once(
     found, notes = read_runs([str(tmp_path), "wandb:me/repvgg"])
     assert [run.ids for run in found] == [("a",)]
     assert any("counted once" in note for note in notes)
+
+
+@pytest.mark.parametrize(("minutes", "status"), [(-5, "finished"), (5, "not finished")])
+def test_of_two_starts_of_one_run_the_later_one_says_how_it_ended(minutes: int, status: str) -> None:
+    heard = datetime(2026, 1, 1, tzinfo=UTC)
+    there = Run(Path("there"), "finished", ids=("a",), ended=heard, online=True, name="there")
+    started = heard + timedelta(minutes=minutes)
+    here = Run(Path("here"), "not finished", ids=("a",), started=started, overrides=("seed=1",), name="here")
+    for order in ([there, here], [here, there]):
+        (run,) = runs._merge_copies(order, [])
+        assert (run.status, run.overrides) == (status, ("seed=1",))
 
 
 def test_a_project_that_is_not_there_is_one_error(wandb_server: WandbServer) -> None:  # noqa: F811

@@ -461,7 +461,7 @@ def commit(run: Run) -> str:
 def _say_commits(groups: Sequence[Group], said: list[str]) -> None:
     mixed = [group.label for group in groups if len({commit(run) for run in group.runs}) > 1]
     if mixed:
-        said.append(f"Runs of more than one commit are averaged in: {'; '.join(mixed)}. See the runs' table.")
+        said.append(f"Runs of more than one commit are averaged in: {'; '.join(mixed)}.")
     dirty = sorted({run.name for group in groups for run in group.runs if commit(run).endswith("-dirty")})
     if dirty:
         names = ", ".join(dirty[:5]) + (", …" if len(dirty) > 5 else "")

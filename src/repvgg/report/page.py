@@ -196,7 +196,7 @@ def group_frame(comparison: Comparison) -> pd.DataFrame:
     for group in comparison.groups:
         d = group.difference
         row: dict[str, Any] = {**comparison.shared, **group.columns, "n": len(group.runs)}
-        for name in table.NUMBERS:
+        for name in (name for name in table.NUMBERS if name in group.values):
             spread = group.spread(name)
             row[name] = spread and spread.mean
             if not name.startswith("paper"):
@@ -478,7 +478,9 @@ em { color: var(--grey); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { white-space: normal; vertical-align: bottom; font-weight: 600; }
-td.long { white-space: normal; min-width: 18rem; }
+td:not([style]) { white-space: normal; min-width: 6rem; }
+td:last-child:not([style]) { min-width: 22rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 tbody tr:nth-child(even) { background: var(--stripe); }
 img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: 6px; padding: .4rem; }
 pre { overflow-x: auto; padding: .8rem; background: var(--stripe); border-radius: 6px; }

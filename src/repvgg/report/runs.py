@@ -42,7 +42,8 @@ class Run(RunRecord):
 
     `name` is its directory, relative to what was asked for, or its name in W&B; `ids` are W&B's. `history` has the
     columns epoch, step, metric, value of `read_history`, and the metrics `CURVES` and `health/share/*` alone.
-    `overrides` are those of Hydra's command line, None if they are not known.
+    `overrides` are those of Hydra's command line, None if they are not known. Of a run read `online`, `ended` is when
+    W&B last heard of it.
     """
 
     name: str = ""
@@ -50,6 +51,7 @@ class Run(RunRecord):
     started: datetime | None = None
     overrides: tuple[str, ...] | None = None
     evaluation: bool = False
+    online: bool = False
     history: pd.DataFrame = field(default_factory=no_history)
 
     @property
@@ -299,23 +301,22 @@ def _merge_copies(runs: Sequence[Run], notes: list[str]) -> list[Run]:
 
 
 def _merge(a: Run, b: Run, notes: list[str]) -> Run:
-    """Two files of one run: what its last start says counts, and what that lacks comes from the other."""
+    """Two copies, or two starts, of one run: what is known last counts, and what that lacks comes from the other."""
 
-    def rank(run: Run) -> tuple[datetime, bool, bool, int]:
-        # Of one and the same start, which a copy has too, the directory knows more than W&B's file alone.
-        started = run.started or datetime.min.replace(tzinfo=UTC)
-        return started, run.status == "finished", run.overrides is not None, len(run.history)
+    def time(run: Run) -> datetime:
+        return (run.when if a.online or b.online else run.started) or datetime.min.replace(tzinfo=UTC)
 
-    first, last = sorted((a, b), key=rank)
+    first, last = sorted((a, b), key=lambda run: (time(run), not run.online, run.overrides is not None))
+    if last.online and not first.online and first.status == last.status:
+        first, last = last, first  # a directory knows more than W&B
     notes.append(f"{first.name} and {last.name} are the same W&B run, {', '.join(last.ids)}: counted once.")
+    is_copy = first.started == last.started or first.online or last.online
     return dataclasses.replace(
         last,
         config={**first.config, **last.config},
         ids=tuple(dict.fromkeys((*first.ids, *last.ids))),
         overrides=last.overrides if last.overrides is not None else first.overrides,
-        history=joined([first.history, last.history])
-        if first.started != last.started
-        else max((first.history, last.history), key=len),
+        history=max(last.history, first.history, key=len) if is_copy else joined([first.history, last.history]),
     )
 
 
@@ -347,7 +348,6 @@ def _online_run(run: Any) -> Run:
     needed = [["epoch", "trainer/global_step", name] for name in CURVES]
     parts = [pd.DataFrame(list(run.scan_history(keys=keys)), columns=keys) for keys in needed]
     config = {key: value for key, value in dict(run.config).items() if not key.startswith("_")}
-    started = datetime.fromisoformat(run.created_at.replace("Z", "+00:00"))
     return Run(
         run_dir=Path(run.name),
         status=run.state,
@@ -356,10 +356,19 @@ def _online_run(run: Any) -> Run:
         error=None if run.state == "finished" else f"W&B calls it {run.state}",
         name=run.name,
         ids=(run.id,),
-        started=started if started.tzinfo else started.replace(tzinfo=UTC),
+        started=_utc(run.created_at),
+        ended=_utc(run.heartbeat_at),
+        online=True,
         evaluation=_is_evaluation(config, run.job_type or ""),
         history=_stacked(_long(part) for part in parts if not part.empty),
     )
+
+
+def _utc(text: str | None) -> datetime | None:
+    if not text:
+        return None
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _stacked(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:

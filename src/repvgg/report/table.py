@@ -131,7 +131,8 @@ PARAMS_TRAIN, PARAMS_DEPLOY = "parameters train form", "parameters deploy"
 TOP1_TRAIN, TOP1_DEPLOY, TOP1_DIFF = "top-1 train form [%]", "top-1 deploy [%]", "deploy − train form [pp]"
 LOGIT_DIFF = "logits rel. L2 difference"
 SPEED_TRAIN, SPEED_DEPLOY, SPEED_UP = "train form [images/s]", "deploy [images/s]", "speed-up [×]"
-PAPER_TOP1, PAPER_SPEED = "paper top-1 [%]", "paper train form [images/s]"
+PAPER_TOP1 = "paper top-1 [%]"
+PAPER_SPEED = {"train_form": "paper train form [images/s]", "deploy": "paper deploy [images/s]"}
 
 NUMBERS: dict[str, Callable[[float], str]] = {
     PARAMS_TRAIN: _count,
@@ -144,7 +145,7 @@ NUMBERS: dict[str, Callable[[float], str]] = {
     SPEED_DEPLOY: _rate,
     SPEED_UP: lambda value: f"{value:.2f}",
     PAPER_TOP1: _percent,
-    PAPER_SPEED: _rate,
+    **dict.fromkeys(PAPER_SPEED.values(), _rate),
 }
 
 
@@ -160,7 +161,10 @@ def top1(record: RunRecord) -> tuple[float | None, float | None, str]:
 
 
 def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
-    """One row per run in the given order, whatever its status; what a run did not measure is missing."""
+    """One row per run in the given order, whatever its status; what a run did not measure is missing.
+
+    Of the paper's speeds there is the form's that its table has.
+    """
     import pandas as pd
 
     rows = []
@@ -184,12 +188,14 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
                 SPEED_UP: metrics.get("bench/speedup"),
                 PAPER_TOP1: _times(100, paper.number(record, "top1")),
-                PAPER_SPEED: paper.number(record, "images_per_s_train_form"),
+                **{name: paper.number(record, f"images_per_s_{form}") for form, name in PAPER_SPEED.items()},
             }
         )
-    frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *NUMBERS])
+    others = {name for form, name in PAPER_SPEED.items() if form != (paper.speed or "train_form")}
+    numbers = [name for name in NUMBERS if name not in others]
+    frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *numbers])
     counts = dict.fromkeys((SEED, PARAMS_TRAIN, PARAMS_DEPLOY), "Int64")
-    return frame.astype(counts | {name: "float64" for name in NUMBERS if name not in counts})
+    return frame.astype(counts | {name: "float64" for name in numbers if name not in counts})
 
 
 def _times(factor: float, value: float | None) -> float | None:
