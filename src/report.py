@@ -27,6 +27,9 @@ def main(cfg: DictConfig) -> None:
         from repvgg.report.runs import read_runs
 
         if cfg.target == "page":
+            unread = [f"{key}={cfg[key]}" for key in ("entity", "project") if cfg[key] is not None]
+            if unread:
+                raise ValueError(f"{' '.join(unread)} is of target=wandb: a page is a directory, out=DIRECTORY")
             page.require_own(out)
         elif cfg.out is not None:
             raise ValueError(f"out={cfg.out} is of target=page: a report in W&B leaves no files here")

@@ -71,6 +71,7 @@ def test_a_directory_becomes_a_page_in_it(sweep: Path, tmp_path: Path) -> None:
         ),
         (["runs={sweep}", "paper=table5"], "paper=table5: experiments/ has table4, table6, table7"),
         (["runs={sweep}", "target=pdf"], "target=pdf: choose page or wandb"),
+        (["runs={sweep}", "entity=me"], "entity=me is of target=wandb"),
         (["runs={sweep}", "out=conf"], "out=conf holds other files ("),
         (["title=a=b"], "mismatched input '='"),
         (["run=x"], "error: there is no run. Did you mean runs?"),
