@@ -257,6 +257,11 @@ def test_the_papers_table_is_that_of_the_runs_experiment() -> None:
     assert paper_of([run("full"), run("plain")]).name == "Table 6"
     assert paper_of([run("full"), run("dirac"), run("acb")]).name == "Table 7"
     assert paper_of([run("full", model="repvgg_a0"), run("full", model="repvgg_b1")]).name == "Table 4"
+    both = paper_of([run("full"), run("plain"), run("dirac"), run("acb")])
+    assert both.name == "Tables 6 and 7"
+    numbers = [both.number(run(name), "top1") for name in ("plain", "full", "dirac")]
+    assert numbers == [0.7239, 0.7514, 0.7397]
+    assert both.number(run("full"), "images_per_s_train_form") == 1061
     assert paper_of([run("mine")]).name == "Table 6"
     assert paper_of([run("full", config={"experiment": "table7"})], "table6").name == "Table 6"
     with pytest.raises(ValueError, match="paper=table9: experiments/ has table4, table6, table7"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,8 +90,8 @@ def paper_of(records: Sequence[RunRecord], name: str | None = None) -> Paper:
     """The table of the paper beside which these runs belong.
 
     The one called `name` (`table7`, a file of `experiments/`); else that of the runs' `experiment`; else the one
-    with the most of their ablations, or of their models where they have one ablation alone. Table 6 where none is
-    better. Raises ValueError for a name that is not there.
+    with the most of their ablations, or of their models where they have one ablation alone, and with it those of the
+    same training that have more of them. Table 6 where none is better. Raises ValueError for a name that is not there.
     """
     papers = {file.stem: file for file in sorted(EXPERIMENTS.glob("table*.yaml"))}
     named = {record.config.get("experiment") for record in records}
@@ -108,7 +108,27 @@ def paper_of(records: Sequence[RunRecord], name: str | None = None) -> Paper:
         varies = bool(paper.ablations) == (len(ablations) > 1)
         return varies * len({paper.row(record) for record in records} - {None})
 
-    return max([load_paper(), *map(load_paper, papers.values())], key=rows)
+    tables = [load_paper(), *map(load_paper, papers.values())]
+    best = max(tables, key=rows)
+    used = [best]
+    for other in tables:
+        if (other.choices, other.epochs) == (best.choices, best.epochs) and rows(_joined([*used, other])) > rows(
+            _joined(used)
+        ):
+            used.append(other)
+    return _joined(sorted(used, key=lambda paper: paper.name))
+
+
+def _joined(papers: Sequence[Paper]) -> Paper:
+    """Tables of one training as one: `Tables 6 and 7`."""
+    if len(papers) == 1:
+        return papers[0]
+    ablations: dict[str, dict[str, float]] = {}
+    for paper in papers:
+        for name, numbers in paper.ablations.items():
+            ablations.setdefault(name, {}).update(numbers)
+    numbers_of = " and ".join(paper.name.removeprefix("Table ") for paper in papers)
+    return replace(papers[0], name=f"Tables {numbers_of}", ablations=ablations)
 
 
 # --- columns: the header, and how a number is printed -------------------------------------------------------------
