@@ -167,7 +167,9 @@ def test_an_older_page_is_replaced_whole(comparison: Comparison, make_run: Make,
     only = make_run("alone/x", metrics={"test/top1": 0.5, "test/deploy/top1": 0.5}, curve=()).run_dir
     page.write_page(compare(read_runs([str(only)])[0]), out)
     assert sorted(p.name for p in (out / "pictures").iterdir()) == ["top1.png", "top1.svg"]
-    assert "Nothing" not in (out / "report.md").read_text()
+    text = (out / "report.md").read_text()
+    assert "No run measured the speed of its forms." in text
+    assert "paper |" not in text, "a ratio of the paper's with none of ours beside it"
 
 
 def with_overrides(*overrides: str) -> Any:

@@ -115,7 +115,7 @@ def _forms(comparison: Comparison) -> str:
                 **{name: _spread(group, name) for name in (table.TOP1_DIFF, table.LOGIT_DIFF)},
                 **{name: _spread(group, name) for name in (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP)},
                 f"{words} speed, × {comparison.reference}": "" if ours is None else f"{ours:.2f}",
-                "paper": "" if theirs is None or not of_base else f"{theirs / of_base:.2f}",
+                "paper": "" if ours is None or theirs is None or not of_base else f"{theirs / of_base:.2f}",
             }
         )
     return _markdown(rows, comparison)
@@ -293,7 +293,9 @@ def _values(runs: Sequence[Run], of: Callable[[Mapping[str, Any]], str]) -> str:
 def _values_of(values: Sequence[str]) -> str:
     """The different ones, each with how many have it where they are several."""
     counts = sorted(Counter(value for value in values if value).items())
-    return "; ".join(_escaped(value) + (f" ({count} runs)" if len(counts) > 1 else "") for value, count in counts)
+    return "; ".join(
+        _escaped(value) + (f" ({_plural(count, 'run')})" if len(counts) > 1 else "") for value, count in counts
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -353,6 +355,8 @@ def reading(comparison: Comparison) -> list[str]:
             if len(ups) > 1
             else f"Deployed, the network is {ups[0]:.2f} times as fast."
         )
+    else:
+        lines.append("No run measured the speed of its forms.")
     if comparison.tau is not None:
         tau, n = comparison.tau
         lines.append(
