@@ -214,7 +214,8 @@ def test_logged_config_is_plain_nested_and_without_repetition() -> None:
     assert logged["net"]["depths"] == [4, 6, 16, 1]
     assert logged["recipe"]["optimizer"]["momentum"] == 0.9
     assert logged["bench"]["batch"] == 128
-    assert not {"module", "datamodule", "callbacks", "logger"} & logged.keys()
+    assert logged["callbacks"]["ema"] is None
+    assert not {"module", "datamodule", "logger"} & logged.keys()
     assert OmegaConf.create(logged) is not None  # plain types only
 
 

@@ -178,7 +178,7 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
     return {**{str(k): v for k, v in config.items()}, "choices": dict(choices)}
 
 
-REPEATING = ("module", "datamodule", "callbacks", "logger")
+REPEATING = ("module", "datamodule", "logger")
 
 
 # --- checkpoint files -----------------------------------------------------------------------------------------------

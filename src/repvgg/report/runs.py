@@ -145,7 +145,7 @@ def read_directory(directory: Path, wandb_files: Sequence[Path], notes: list[str
     config = dict((record and record.config) or (last and last.config) or _hparams(directory) or {})
     config.setdefault("choices", hydra.get("choices", {}))
     config.setdefault("seed", hydra.get("seed"))
-    if "callbacks" in hydra:  # the logged config leaves them out
+    if "callbacks" in hydra:  # of a run whose logged config has none
         config.setdefault("callbacks", hydra["callbacks"])
     return Run(
         run_dir=directory,
