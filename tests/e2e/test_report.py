@@ -1,6 +1,8 @@
 """`python src/report.py` as a user types it."""
 
 import csv
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,15 +111,40 @@ def test_paths_in_a_list_need_no_quotes(tmp_path: Path) -> None:
         assert quote_paths([unchanged], ["runs"]) == [unchanged]
 
 
+OWN_BRANCH = """
+from __future__ import annotations
+import torch
+from torch import Tensor, nn
+from repvgg.model import Affine, Branch, ConvShape, identity_map
+"""
+OWN_ABLATION = """# @package block
+norm: false
+branches:
+  - {_target_: repvgg.model.ConvBN, kernel_size: 3, _partial_: true}
+  - {_target_: own_branch.Scaled.where_it_fits, _partial_: true}
+"""
+
+
 @pytest.mark.slow
-def test_runs_of_the_real_training(digits: Path, tmp_path: Path) -> None:
+def test_a_design_of_ones_own_trains_converts_and_is_on_the_page(digits: Path, tmp_path: Path) -> None:
+    """CONTRIBUTING's class and one YAML file, neither of them in the repository, beside the full block."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    (tmp_path / "own_branch.py").write_text(OWN_BRANCH + example)
+    (tmp_path / "conf" / "ablation").mkdir(parents=True)
+    (tmp_path / "conf" / "ablation" / "own.yaml").write_text(OWN_ABLATION)
     overrides = [
         *("model=repvgg_a0", "net.width_a=0.25", "net.width_b=0.25", "data=digits", f"data.dir={digits}"),
         *("trainer=cpu", "recipe=quick", "trainer.max_epochs=1", "bench.batch=8", "bench.warmup=1", "bench.batches=2"),
-        *("logger=wandb_offline", "ablation=plain,full", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"),
+        *("logger=wandb_offline", "ablation=own,full", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"),
+        f"hydra.searchpath=[file://{tmp_path}/conf]",
     ]
     done = subprocess.run(
-        [sys.executable, "src/train.py", "-m", *overrides], cwd=ROOT, check=False, capture_output=True, text=True
+        [sys.executable, "src/train.py", "-m", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     done = report(f"runs={tmp_path}")
@@ -125,4 +152,9 @@ def test_runs_of_the_real_training(digits: Path, tmp_path: Path) -> None:
     text = (tmp_path / "report" / "report.md").read_text()
     assert "2 groups by ablation, 4 finished runs, seeds 1, 2" in text
     assert {p.stem for p in (tmp_path / "report" / "pictures").iterdir()} == {"top1", "speed", "curves", "branches"}
-    assert "ablation=full,plain seed=1,2" in text
+    assert "ablation=full,own seed=1,2" in text
+    rows = list(csv.DictReader((tmp_path / "report" / "data.csv").read_text().splitlines()))
+    assert len({row["parameters deploy"] for row in rows}) == 1
+    for row in rows:
+        assert row["status"] == "finished"
+        assert float(row["logits rel. L2 difference"]) < 1e-5
