@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repvgg.report import charts
+from repvgg.report import charts, page
 from repvgg.report.compare import Comparison, compare
 from repvgg.report.record import RunRecord
 from repvgg.report.runs import read_runs
@@ -76,6 +76,21 @@ def test_speeds_of_two_machines_are_not_in_one_picture(make_run: Make, tmp_path:
         bench = {"batch": 64, "dtype": "float32", "device": device, "resolution": 32}
         make_run(i, seed=i, config={"bench": bench, "device": device})
     assert "speed" not in charts.charts(compare(read_runs([str(tmp_path)])[0]))
+
+
+@pytest.mark.parametrize(("other", "even"), [(650.0, True), (900.0, False)])
+def test_an_uneven_machine_has_no_pareto_front(make_run: Make, tmp_path: Path, other: float, even: bool) -> None:
+    """Both ablations deploy to one network, so its two speeds say how even the machine was."""
+    for ablation, speed in (("full", 600.0), ("plain", other)):
+        more = {"macs/deploy": 1e6, "params/deploy": 1000.0, "bench/deploy/images_per_s": speed}
+        for seed in (1, 2):
+            make_run(f"{ablation}-{seed}", ablation, seed=seed, metrics=metrics(0.5 + 0.01 * seed, **more))
+    comparison = compare(read_runs([str(tmp_path)])[0])
+    assert comparison.unevenness == pytest.approx(other / 600)
+    _, words = charts.charts(comparison)["speed"]
+    assert ("more accurate than a point of the Pareto front" in words) == even
+    said = "\n".join(page.reading(comparison))
+    assert ("at speeds up to 1.5 times apart" in said) == (not even)
 
 
 def test_shares_are_means_over_seeds(make_run: Make, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from repvgg.report import table
-from repvgg.report.compare import Comparison, Group
+from repvgg.report.compare import UNEVEN, Comparison, Group
 from repvgg.report.picture import COLOURS, DEPLOY, GREY, LINES, STYLE, TRAIN_FORM
 from repvgg.report.runs import CURVES, SHARE, Run
 
@@ -188,8 +188,10 @@ def _speed(comparison: Comparison) -> tuple[Figure, str] | None:
     figure = _figure(max(4.2, 1.6 + 0.24 * len(points)))
     axes = figure.subplots()
     every = [point for _, both in points for point in both.values()]
-    front = pareto_front(every)
-    axes.step(*zip(*front, strict=True), where="pre", color=DEPLOY, lw=1, ls=":", zorder=1)
+    even = (comparison.unevenness or 1) <= UNEVEN
+    if even:
+        front = pareto_front(every)
+        axes.step(*zip(*front, strict=True), where="pre", color=DEPLOY, lw=1, ls=":", zorder=1)
     for _, both in points:
         if "train" in both:
             arrow = {"arrowstyle": "-|>", "color": TRAIN_FORM, "lw": 1.2, "shrinkA": 4, "shrinkB": 4}
@@ -212,11 +214,17 @@ def _speed(comparison: Comparison) -> tuple[Figure, str] | None:
     handles = [
         Line2D([], [], marker="o", ls="", mfc="white", mec=TRAIN_FORM, mew=2, ms=7, label="train form"),
         Line2D([], [], marker="o", ls="", color=DEPLOY, ms=8, label="deploy form"),
-        Line2D([], [], color=DEPLOY, lw=1, ls=":", label="Pareto front"),
     ]
+    if even:
+        handles.append(Line2D([], [], color=DEPLOY, lw=1, ls=":", label="Pareto front"))
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=11)
-    words = "Means over seeds. An arrow leads from a network as trained to the same network deployed; nothing that was "
-    return figure, words + "measured is both faster and more accurate than a point of the Pareto front."
+    words = "Means over seeds. An arrow leads from a network as trained to the same network deployed"
+    if not even:
+        return figure, f"{words}. The machine was not as fast at all times, so there is no Pareto front."
+    return (
+        figure,
+        f"{words}; nothing that was measured is both faster and more accurate than a point of the Pareto front.",
+    )
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

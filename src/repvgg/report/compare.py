@@ -41,6 +41,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
 #: Top-1 is counted in images and kept in float32: differences nearer than this, in percentage points, are equal.
 EQUAL = 1e-4
 LEVEL = 0.95
+#: `Comparison.unevenness` above which speeds of different runs are not compared.
+UNEVEN = 1.1
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,21 @@ class Comparison:
             return [value for name, value in of.columns.items() if name != self.over]
 
         return next((other for other in self.groups if other.is_reference and context(other) == context(group)), None)
+
+    @property
+    def unevenness(self) -> float | None:
+        """How many times as fast as another time one and the same network was measured.
+
+        Of groups that deploy to as many parameters and multiply-adds, under one setting: the largest mean images/s over
+        the smallest. None without two such groups. Far above 1, the machine had other work at times.
+        """
+        alike: dict[tuple[Any, ...], list[float]] = {}
+        for group in self.groups:
+            metrics, speed = group.runs[0].metrics, group.spread(table.SPEED_DEPLOY)
+            if speed is not None and "macs/deploy" in metrics:
+                network = (metrics.get("params/deploy"), metrics["macs/deploy"], table.bench_settings(group.runs[0]))
+                alike.setdefault(network, []).append(speed.mean)
+        return max((max(speeds) / min(speeds) for speeds in alike.values() if len(speeds) > 1), default=None)
 
     @property
     def comparisons(self) -> int:

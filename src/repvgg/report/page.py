@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg.files import replacing
 from repvgg.report import charts, table
-from repvgg.report.compare import EQUAL, LEVEL, Comparison, Difference, Group, Spread, commit
+from repvgg.report.compare import EQUAL, LEVEL, UNEVEN, Comparison, Difference, Group, Spread, commit
 from repvgg.report.runs import Run
 
 if TYPE_CHECKING:
@@ -357,6 +357,11 @@ def reading(comparison: Comparison) -> list[str]:
         )
     else:
         lines.append("No run measured the speed of its forms.")
+    if (comparison.unevenness or 1) > UNEVEN:
+        lines.append(
+            f"One and the same deployed network was measured at speeds up to {comparison.unevenness:.1f} times apart, "
+            "by groups: the machine had other work. Only the speed-ups hold, since a run's two forms take turns."
+        )
     if comparison.tau is not None:
         tau, n = comparison.tau
         lines.append(
