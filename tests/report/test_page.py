@@ -199,3 +199,11 @@ def test_commands_gather_seeds_and_ablations() -> None:
 )
 def test_ranges(numbers: list[int], text: str) -> None:
     assert page._ranges(numbers) == text
+
+
+def test_settings_that_a_choice_was_given_are_said(make_run: Make, tmp_path: Path) -> None:
+    for seed, width in ((1, 1), (2, 0.25)):
+        config = {"net": {"width_a": width}, "recipe": {"lr": 0.05, "batch_size": 64}, "trainer": {"max_epochs": None}}
+        make_run(seed, seed=seed, config=config)
+    said = page.facts(compare(read_runs([str(tmp_path)])[0]))
+    assert "Settings: a = 0.25, batch 64, lr 0.05 (1 run); a = 1, batch 64, lr 0.05 (1 run)" in said

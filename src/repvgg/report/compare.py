@@ -265,7 +265,7 @@ def _key(run: Run, ignore: Sequence[str]) -> dict[str, Any]:
         skipped += ["data.dir", "data.train_file", "data.val_file"]
     flat = {
         name: value
-        for name, value in _flat(config)
+        for name, value in flat_items(config)
         if not _starts(name, skipped) and not (isinstance(value, str) and value.startswith(own))
     }
     source = {"test": "the best checkpoint", "val": "the last validation", "eval": "the file"}[table.top1(run)[2]]
@@ -276,10 +276,11 @@ def _starts(name: str, starts: Iterable[str]) -> bool:
     return any(name == start or name.startswith(f"{start}.") for start in starts)
 
 
-def _flat(node: Mapping[str, Any], parent: str = "") -> Iterable[tuple[str, Any]]:
+def flat_items(node: Mapping[str, Any], parent: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted keys and their values; whole numbers as floats."""
     for name, value in node.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{parent}{name}.")
+            yield from flat_items(value, f"{parent}{name}.")
         else:  # 1 and 1.0 are one number, whichever file they come from
             same = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
             yield f"{parent}{name}", same

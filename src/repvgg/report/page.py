@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from repvgg.files import replacing
 from repvgg.report import charts, table
-from repvgg.report.compare import EQUAL, LEVEL, UNEVEN, Comparison, Difference, Group, Spread, commit
+from repvgg.report.compare import EQUAL, LEVEL, UNEVEN, Comparison, Difference, Group, Spread, commit, flat_items
 from repvgg.report.runs import Run
 
 if TYPE_CHECKING:
@@ -271,10 +271,25 @@ def facts(comparison: Comparison) -> list[str]:
         + (f", seeds {seeds}" if seeds else "")
         + (f"; {_plural(len(comparison.left), 'run')} in no mean (below)" if comparison.left else ""),
         *([f"In common: {shared}"] if shared else []),
+        *([f"Settings: {settings}"] if (settings := _values(runs, _settings)) else []),
         f"Trained: {when}",
         f"On: {_values(runs, _machine)}" + (f"; {versions}" if versions else ""),
         f"Commit: {_values_of([commit(run) for run in runs])}",
     ]
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """What a choice of model, data or recipe may have been given beside its name."""
+    forms = {
+        "net.width_a": "a = {:g}",
+        "net.width_b": "b = {:g}",
+        "data.resolution": "{:g} px",
+        "trainer.max_epochs": "{:g} epochs",
+        "recipe.batch_size": "batch {:g}",
+        "recipe.lr": "lr {:g}",
+    }
+    values = dict(flat_items(config))
+    return ", ".join(form.format(values[key]) for key, form in forms.items() if isinstance(values.get(key), float))
 
 
 def _machine(config: Mapping[str, Any]) -> str:
