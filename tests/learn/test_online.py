@@ -88,6 +88,7 @@ def test_no_server_is_an_error_that_says_what_to_do(
         logger(tmp_path).log_hyperparams({})
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_costs_no_run(
     wandb_server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -367,6 +367,7 @@ def test_groups_of_the_tables_are_groups_of_the_panels(with_runs: WandbServer) -
 # --- of a real run --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_offline_run_is_uploaded_as_told_and_fills_every_panel(
     wandb_server: WandbServer, digits: Path, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_saves_finds_changes_and_deletes_a_report(wandb_server: WandbServer) -> 
     assert not wandb_server.views
 
 
+@pytest.mark.slow
 def test_an_agent_runs_a_sweep(wandb_server: WandbServer, tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(
         "import sys, wandb\n"
