@@ -287,7 +287,7 @@ def flat_items(node: Mapping[str, Any], parent: str = "") -> Iterable[tuple[str,
 
 
 def _know_the_same(keys: Mapping[Run, dict[str, Any]], said: list[str]) -> None:
-    """The callbacks are known from Hydra's files alone: where some runs lack those, they separate nothing."""
+    """Where some runs do not say which callbacks ran, these separate nothing."""
     without = [run.name for run, key in keys.items() if not any(_starts(name, ["callbacks"]) for name in key)]
     if without and len(without) < len(keys):
         for key in keys.values():
