@@ -115,6 +115,7 @@ def test_continues_from_a_checkpoint(finished: Path, data: list[str], tmp_path: 
     assert epochs
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_leave_one_run(data: list[str], tmp_path: Path) -> None:
     """The mission's commands with `data=digits trainer.accelerator=cpu trainer.devices=2`."""
     train(

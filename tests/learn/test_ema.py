@@ -148,6 +148,7 @@ torch.save(result, out / f"rank{run.global_rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_have_one_average(digits: Path, tmp_path: Path) -> None:
     from learn.test_ddp import run
 

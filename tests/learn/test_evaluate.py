@@ -156,6 +156,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_every_image_counts_once_over_uneven_ranks(tmp_path: Path) -> None:
     """101 images over 2 ranks."""
     script = tmp_path / "script.py"
