@@ -138,7 +138,7 @@ class Comparison:
         """How many times as fast as another time one and the same network was measured.
 
         Of groups that deploy to as many parameters and multiply-adds, under one setting: the largest mean images/s over
-        the smallest. None without two such groups. Far above 1, the machine had other work at times.
+        the smallest. None without two such groups. Far above 1, the machine was not as fast at all times.
         """
         alike: dict[tuple[Any, ...], list[float]] = {}
         for group in self.groups:
