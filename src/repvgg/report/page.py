@@ -375,8 +375,8 @@ def reading(comparison: Comparison) -> list[str]:
     if (comparison.unevenness or 1) > UNEVEN:
         lines.append(
             f"One and the same deployed network was measured at speeds up to {comparison.unevenness:.1f} times apart, "
-            "by groups: the machine was not as fast at all times. Only the speed-ups hold, since a run's two forms take "
-            "turns."
+            "by groups: the machine was not as fast at all times. Only the speed-ups hold, since a run's two forms "
+            "take turns."
         )
     if comparison.tau is not None:
         tau, n = comparison.tau
