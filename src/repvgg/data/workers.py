@@ -15,7 +15,6 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import parent_process
-from multiprocessing.connection import wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,10 @@ def _result(future: Future[Outcomes], context: _Context) -> Outcomes:
 
 
 def _died(context: _Context) -> WorkerError:
-    ended = wait([process.sentinel for process in context.started], timeout=POLL_S)
-    for process in context.started:
-        if process.sentinel in ended:
-            process.join(timeout=POLL_S)  # its code comes a moment after its end
+    end = time.monotonic() + POLL_S
+    # All of them end now, unless one is stuck; the pool's own thread may learn a code first, and be about to note it.
+    while any(process.exitcode is None for process in context.started) and time.monotonic() < end:
+        time.sleep(0.01)
     codes = {process.exitcode for process in context.started} - {None, 0}
     if len(codes) > 1:
         codes.discard(-signal.SIGTERM)  # how the pool ends the others
