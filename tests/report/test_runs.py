@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_wandbs_files_alone_say_what_they_know(tmp_path: Path, environment: dict
         "bad": "exit code 1 in its W&B file",
         "killed": "killed, or still running: its W&B file has no record of an end",
     }
+
+
+def test_a_run_killed_while_it_waited_for_wandb_is_what_its_record_says(
+    make_run: Make, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    log_offline(environment, f"{tmp_path}/a,one,0,2,1,kill")
+    assert read_runs([f"{tmp_path}/a"])[0][0].status == "not finished"
+    time.sleep(1)  # a record's time is of whole seconds
+    shutil.copy(make_run("b", "id").run_dir / "result.json", tmp_path / "a")
+    (run,), _ = read_runs([f"{tmp_path}/a"])
+    assert (run.status, run.ids) == ("finished", ("one",))
 
 
 def test_a_record_beside_an_open_wandb_file_is_of_an_earlier_start(

@@ -172,7 +172,9 @@ def _status(record: RunRecord | None, last: OfflineRun | None, unreadable: str |
             return "unreadable", unreadable
         return "no result", f"it ended, or was stopped, before it wrote {RECORD}"
     if not last.finished:
-        # A record is written after W&B's file is closed: one beside an open file is of an earlier start.
+        # A record is written before W&B is waited for; an older one than the file's start is of an earlier start.
+        if record is not None and record.ended and last.started and record.ended >= last.started:
+            return record.status, record.error
         return "not finished", "killed, or still running: its W&B file has no record of an end"
     if last.exit_code != 0:
         if record is not None and record.status != "finished":
