@@ -4,14 +4,13 @@ import argparse
 import functools
 import os
 import platform
-import signal
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from repvgg.cli import ROOT, clear_errors, prepare_environment
+from repvgg.cli import ROOT, clear_errors, interruptible, options, prepare_environment
 from repvgg.files import replacing
 
 if TYPE_CHECKING:
@@ -80,11 +79,6 @@ def loader(arguments: argparse.Namespace) -> str:
     return text
 
 
-def variants() -> list[str]:
-    """The options of conf/model."""
-    return sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml"))
-
-
 def build(model: str) -> "nn.Module":
     """The network of a variant as `train.py model=…` would train it, in train form."""
     from hydra import compose, initialize_config_dir
@@ -98,9 +92,9 @@ def build(model: str) -> "nn.Module":
 
 def speed(arguments: argparse.Namespace) -> str:
     """Images per second of both forms of the variants by the paper's protocol (Table 4), beside the paper's."""
-    unknown = [model for model in arguments.models if model not in variants()]
+    unknown = [model for model in arguments.models if model not in options("model")]
     if unknown:
-        raise ValueError(f"--models {' '.join(unknown)}: choose from {', '.join(variants())}")
+        raise ValueError(f"--models {' '.join(unknown)}: choose from {', '.join(options('model'))}")
     if arguments.warmup < 0:
         raise ValueError(f"--warmup must be at least 0, got {arguments.warmup}")
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
@@ -192,7 +186,7 @@ def main() -> None:
     command = benchmarks.add_parser("speed", help=speed.__doc__, description=speed.__doc__)
     command.set_defaults(run=speed, parser=command, at_least_1=("batch", "batches", "rounds", "resolution"))
     command.add_argument(
-        "--models", nargs="+", metavar="MODEL", default=variants(), help="of conf/model (default: all)"
+        "--models", nargs="+", metavar="MODEL", default=options("model"), help="of conf/model (default: all)"
     )
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     command.add_argument("--batch", type=int, default=128, help="images per forward (default: 128)")
@@ -216,8 +210,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     prepare_environment()
-    try:
+    with interruptible("nothing is measured, nothing is left behind"):
         main()
-    except KeyboardInterrupt:
-        print("stopped: nothing is measured, nothing is left behind", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)

@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, ListConfig
 
-from repvgg.cli import clear_errors, key_suggestions, prepare_environment, quote_paths
+from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
 
 TARGETS = ("page", "wandb")
 
@@ -54,5 +54,5 @@ def default_out(places: list[str]) -> Path:
 if __name__ == "__main__":
     prepare_environment()
     sys.argv[1:] = quote_paths(sys.argv[1:], ["runs", "out"])
-    with key_suggestions("report", sys.argv[1:]):
+    with interruptible("the same command makes the report anew"), key_suggestions("report", sys.argv[1:]):
         main()

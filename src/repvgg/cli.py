@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,21 @@ def recorded(
         close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
         if trainer.is_global_zero:
             log.info(conclusion(config["run"]["name"], status, metrics, directory))
+
+
+@contextmanager
+def interruptible(left: str) -> Iterator[None]:
+    """After Ctrl-C, say in one line what is ``left`` and exit with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped: {left}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def options(group: str) -> list[str]:
+    """The options of a group of conf/."""
+    return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
 
 
 @contextmanager
@@ -266,9 +282,6 @@ def _fitting(weights: Weights, ablation: str) -> list[str]:
     from hydra.utils import instantiate
 
     from repvgg.model import fits, same_layers
-
-    def options(group: str) -> list[str]:
-        return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
 
     def net(model: str, ablation: str) -> torch.nn.Module:
         config = compose("train", overrides=[f"model={model}", f"ablation={ablation}", "data=imagenet"])

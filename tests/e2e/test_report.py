@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from repvgg.cli import ROOT, quote_paths
+from repvgg.cli import ROOT, interruptible, quote_paths
 from repvgg.report.record import write_record
 
 
@@ -85,6 +85,13 @@ def test_a_wrong_command_is_one_clear_error(sweep: Path, arguments: list[str], s
     assert "Traceback" not in done.stderr
     assert done.returncode == (1 if "Did you mean" in says or "mismatched" in says else 2)  # Hydra's errors are 1
     assert not (sweep / "report").exists()
+
+
+def test_ctrl_c_is_one_line_and_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, interruptible("the same command makes the report anew"):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped: the same command makes the report anew\n"
 
 
 def test_help_has_examples_and_needs_nothing_heavy() -> None:

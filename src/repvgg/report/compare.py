@@ -91,6 +91,10 @@ class Group:
     difference: Difference | None = None
     is_reference: bool = False
 
+    def apart_from(self, over: str | None) -> tuple[str, ...]:
+        """What else sets it apart than the kind of choice that is compared."""
+        return tuple(value for name, value in self.columns.items() if name != over)
+
     def spread(self, column: str) -> Spread | None:
         """Of the runs that measured it; None if none did."""
         values = self.values[column].dropna()
@@ -127,11 +131,10 @@ class Comparison:
 
     def base(self, group: Group) -> Group | None:
         """The group that this one is compared with: the reference where everything else is equal."""
-
-        def context(of: Group) -> list[str]:
-            return [value for name, value in of.columns.items() if name != self.over]
-
-        return next((other for other in self.groups if other.is_reference and context(other) == context(group)), None)
+        context = group.apart_from(self.over)
+        return next(
+            (other for other in self.groups if other.is_reference and other.apart_from(self.over) == context), None
+        )
 
     @property
     def unevenness(self) -> float | None:
@@ -391,13 +394,10 @@ def _with_differences(
     if over is None:
         return list(groups)
 
-    def context(group: Group) -> tuple[str, ...]:
-        return tuple(value for name, value in group.columns.items() if name != over)
-
-    own = {context(group): group for group in groups if group.runs[0].choice(over) == reference}
+    own = {group.apart_from(over): group for group in groups if group.runs[0].choice(over) == reference}
     differences: list[Difference | None] = []
     for group in groups:
-        base = own.get(context(group))
+        base = own.get(group.apart_from(over))
         if base is None:
             which = ", ".join(f"{name} {value}" for name, value in group.columns.items() if name != over)
             said.append(f"{group.label} is compared with nothing: there is no {reference} with its {which}.")
