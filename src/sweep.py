@@ -20,11 +20,9 @@ import yaml  # type: ignore[import-untyped]
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from repvgg.cli import ROOT, clear_errors
+from repvgg.cli import OBJECTIVE, ROOT, clear_errors
 
 PROGRAM = "src/train.py"
-#: What train.py returns: `repvgg.learn.run.OBJECTIVE`, said again because that module imports torch.
-OBJECTIVE = "test/deploy/top1"
 METHODS = ("grid", "random", "bayes")
 KEYS = ("program", "project", "entity", "name", "description", "method", "metric", "parameters", "command", "run_cap")
 MACROS = ("${env}", "${interpreter}", "${program}", "${args_no_hyphens}")

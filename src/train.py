@@ -9,7 +9,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from repvgg.cli import (
+    OBJECTIVE,
     clear_errors,
+    finished_before,
     fitting_choices,
     key_suggestions,
     logged_config,
@@ -17,9 +19,9 @@ from repvgg.cli import (
     quote_paths,
     recorded,
     run_group,
-    run_name,
 )
 from repvgg.data.manifest import number_of_classes, require_files
+from repvgg.identity import claim, run_name
 
 log = logging.getLogger("train")
 
@@ -40,39 +42,57 @@ def main(cfg: DictConfig) -> float | None:
             files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
             require_files(files, cfg.data.write_command)
             cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
+        choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
+        cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
+        cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
+        if (earlier := finished_before(cfg.output_dir, logged_config(cfg, choices))) is not None:
+            return earlier.objective
 
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
         from hydra.utils import instantiate
+        from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-        from repvgg.learn.checkpoint import AtomicCheckpointIO
+        from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
         from repvgg.learn.devices import require_devices, set_tf32
+        from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
-        from repvgg.learn.run import OBJECTIVE, describe, environment, introduction, train_and_test
+        from repvgg.learn.ranks import live_and_die_together
+        from repvgg.learn.run import code, describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         set_tf32(cfg.tf32)
         quiet_lightning()
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
-        cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
-        cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
+
+        checkpoints = Path(cfg.output_dir) / "checkpoints"
+        if rank_zero_only.rank == 0:
+            overrides = list(HydraConfig.get().overrides.task)
+            config = {**logged_config(cfg, choices), **code()}
+            begun = any(checkpoints.glob("*.ckpt"))
+            identity = claim(cfg.output_dir, config, overrides, begun=begun, id=cfg.run.id)
+            cfg.run.id = identity.id
+            remove_leftovers(checkpoints)
+        resumed = newest_whole(checkpoints)
 
         module = instantiate(cfg.module)
-        if cfg.init_from is not None:
+        if cfg.init_from is not None and resumed is None:
             weights = read_weights(cfg.init_from)
             with fitting_choices(weights, choices["ablation"]):
                 initial = initialize(module.net, weights)
         size = cfg.data.resolution
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
+        callbacks = {name: made for name, made in instantiate(cfg.callbacks).items() if made is not None}
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
             logger=list(instantiate(cfg.logger).values()),
-            callbacks=[callback for callback in instantiate(cfg.callbacks).values() if callback is not None],
+            callbacks=list(callbacks.values()),
             plugins=[AtomicCheckpointIO()],
         )
+        if resumed is None and cfg.ckpt_path is not None:
+            require_continuable(cfg.ckpt_path, choices, module)
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
         datamodule = instantiate(cfg.datamodule, batch_size=share)
         config = {**logged_config(cfg, choices), **environment(trainer)}
@@ -81,15 +101,18 @@ def main(cfg: DictConfig) -> float | None:
             logger.log_hyperparams(config)
 
     if trainer.is_global_zero:
-        if cfg.init_from is not None:
+        if cfg.init_from is not None and resumed is None:
             log.info(initial)
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
+        identity.write(cfg.output_dir)
+    live_and_die_together()
     # Some values can only be judged by what Lightning makes of them, such as the number of steps.
     with (
+        Signals() as signals,
         clear_errors(lambda: trainer.global_step == 0),
         recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE),
     ):
-        metrics |= train_and_test(trainer, module, datamodule, cfg.ckpt_path)
+        metrics |= train_and_test(trainer, module, datamodule, resumed or cfg.ckpt_path, signals, choices)
     return metrics.get(OBJECTIVE)
 
 

@@ -17,20 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+from repvgg.identity import on_data
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
     from repvgg.model import Weights
+    from repvgg.report.record import RunRecord
 
 log = logging.getLogger(__name__)
 
 #: Groups whose values do not stand under their own name, so that a W&B sweep over them keeps the config whole.
 NODE_OF_GROUP = {"model": "net", "ablation": "block"}
 ROOT = Path(__file__).resolve().parents[2]
+#: What train.py returns and a sweep maximises: the best checkpoint's.
+OBJECTIVE = "test/deploy/top1"
 #: Exit code of a command that was not started, because its input is wrong.
 WRONG_INPUT = 2
 
@@ -70,21 +77,20 @@ def recorded(
     """Whatever ends the block, the loggers are closed and result.json in ``directory`` says how it ended.
 
     ``metrics`` are what the block has put there by then, and what was logged last if it did not come to its end.
-    Ctrl-C and SIGTERM, which Lightning turns into SystemExit once it has shut down, exit with 130 and 143.
     """
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
-
+    from repvgg.learn.interrupt import Interrupted
     from repvgg.learn.run import close_loggers, conclusion, last_metrics
     from repvgg.report.record import Status, write_record
 
     status: Status = "failed"
     error: str | None = None
+    exit_code = 1
     try:
         yield
-        status = "finished"
-    except SystemExit as stop:
-        status = "interrupted"
-        sys.exit(143 if isinstance(stop, SIGTERMException) else 130)
+        status, exit_code = "finished", 0
+    except Interrupted as stop:
+        status, exit_code, error = "interrupted", int(str(stop.code)), stop.reason
+        raise
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
         raise
@@ -95,9 +101,34 @@ def recorded(
             value = metrics.get(objective)
             write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
         # After the record: W&B may have to be waited for.
-        close_loggers(trainer, metrics, exit_code=0 if status == "finished" else 1)
+        close_loggers(trainer, metrics, exit_code)
         if trainer.is_global_zero:
-            log.info(conclusion(config["run"]["name"], status, metrics, directory))
+            said = f"{status} ({error})" if status == "interrupted" else status
+            log.info(conclusion(config["run"]["name"], said, metrics, directory))
+
+
+def finished_before(directory: str, config: Mapping[str, Any]) -> RunRecord | None:
+    """The record of this command's run, if that has come to its end already; then say what came of it.
+
+    Raises:
+        ValueError: the directory is another run's.
+    """
+    from repvgg.identity import read_identity, require_same
+    from repvgg.report.record import RECORD, read_record
+
+    earlier = read_identity(directory)
+    if earlier is None or not (Path(directory) / RECORD).exists():
+        return None
+    record = read_record(directory)
+    if record.status != "finished":
+        return None
+    require_same(earlier, config, Path(directory))
+    score = "" if record.objective is None else f" with {OBJECTIVE} {record.objective:.2%}"
+    log.info(
+        f"{record.config['run']['name']} is finished already{score}: {directory}. To train it again, give run.id=NAME, "
+        "or delete that folder"
+    )
+    return record
 
 
 @contextmanager
@@ -159,27 +190,18 @@ def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
     return f"error: there is no {key}. {meant}Keys of {parent or 'the config'}: {', '.join(map(str, known))}"
 
 
-def subject(choices: Mapping[str, str]) -> str:
-    """What a run is about: B0-id, and B0-id-digits where the data is not ImageNet."""
-    model = choices["model"].removeprefix("repvgg_")
-    return _on_data(f"{model[0].upper()}{model[1:]}-{choices['ablation']}", choices)
-
-
-def _on_data(name: str, choices: Mapping[str, str]) -> str:
-    return name if choices["data"] == "imagenet" else f"{name}-{choices['data']}"
-
-
-def run_name(choices: Mapping[str, str], seed: int) -> str:
-    """Short and readable: B0-id-s1 (and B0-id-digits-s1 where the data is not ImageNet)."""
-    return f"{subject(choices)}-s{seed}"
-
-
 def run_group(choices: Mapping[str, str], experiment: str | None) -> str | None:
     """The experiment, as in table6 or table6-digits; else the last two folders of the multirun, if it is one."""
     if experiment is not None:
-        return _on_data(experiment, choices)
-    directory = os.environ.get("MULTIRUN_DIR")
+        return on_data(experiment, choices)
+    directory = os.environ.get("MULTIRUN_DIR") or _sweep_directory()
     return "/".join(Path(directory).parts[-2:]) if directory else None
+
+
+def _sweep_directory() -> str | None:
+    """Of a sweep whose launcher runs the job itself, as submitit's do."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    return str(hydra.sweep.dir) if hydra is not None and hydra.mode == RunMode.MULTIRUN else None
 
 
 def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:

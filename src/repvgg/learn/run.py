@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from repvgg.learn.checkpoint import Checkpoints
 from repvgg.learn.devices import device_name
+from repvgg.learn.interrupt import Interruption, Signals
 from repvgg.learn.logging import RunLogger
 from repvgg.learn.module import Classifier
 from repvgg.model import count_macs, count_parameters, count_shortcuts, not_fused, to_deploy
-
-#: What a sweep maximises: the best checkpoint's.
-OBJECTIVE = "test/deploy/top1"
-
 
 def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``).
@@ -37,8 +36,8 @@ def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str
     }
 
 
-def environment(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a result depends on beside its config: code, versions, hardware."""
+def code() -> dict[str, Any]:
+    """Commit and versions of what runs."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         cwd=Path(__file__).parent,
@@ -49,6 +48,13 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
     return {
         "git": {"sha": git.stdout.strip() or "unknown"},
         "versions": {"torch": torch.__version__, "lightning": pl.__version__},
+    }
+
+
+def environment(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a result depends on beside its config: code, versions, hardware."""
+    return {
+        **code(),
         "device": device_name(trainer.strategy.root_device),
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
@@ -56,20 +62,34 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def train_and_test(
-    trainer: pl.Trainer, module: Classifier, datamodule: pl.LightningDataModule, ckpt_path: str | None = None
+    trainer: pl.Trainer,
+    module: Classifier,
+    datamodule: pl.LightningDataModule,
+    ckpt_path: str | Path | None = None,
+    signals: Signals | None = None,
+    choices: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Fit, then evaluate both forms of the best checkpoint on the validation images.
 
     Args:
-        ckpt_path: a checkpoint to continue from, or "last" of this output directory.
+        ckpt_path: a checkpoint to continue from.
+        signals: after which the training saves and leaves; while the best is tested they stop at once, since the
+            training is then complete in the last checkpoint.
+        choices: of the config groups; checkpoints say them.
 
     Returns:
         the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint.
 
     Raises:
-        SystemExit: after Ctrl-C or SIGTERM; Lightning has shut down by then.
+        Interrupted: after a signal; Lightning has shut down by then.
     """
-    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    for callback in trainer.callbacks:
+        if isinstance(callback, Interruption):
+            callback.signals = signals
+        if isinstance(callback, Checkpoints):
+            callback.choices = dict(choices or {})
+    with signals.deferred() if signals is not None else nullcontext():
+        trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     metrics = last_metrics(trainer)
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
@@ -81,8 +101,10 @@ def train_and_test(
 
 
 def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """What the last validation and training epoch logged."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    """What the last validation and training epoch logged, before a resume too."""
+    before = trainer.checkpoint_callback
+    earlier = before.metrics if isinstance(before, Checkpoints) else {}
+    return {**earlier, **{name: float(value) for name, value in trainer.callback_metrics.items()}}
 
 
 def introduction(name: str, metrics: Mapping[str, float], module: Classifier, batch: int, world_size: int) -> str:

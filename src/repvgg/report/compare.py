@@ -28,7 +28,8 @@ NO_EFFECT = (
     *("data.write_command", "data.prepare.directory", "data.num_threads", "data.batches_ahead", "data.os_cache"),
     *("trainer.default_root_dir", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.logger", "trainer.profiler", "bench.device", "bench.every_n_epochs"),
-    *("callbacks.health", "callbacks.perf", "callbacks.last"),
+    *("callbacks.health", "callbacks.perf", "callbacks.interruption"),
+    *("callbacks.checkpoints", "callbacks.last"),
 )
 #: Of which choices a config value may be a consequence, by the start of its key; the first that fits counts.
 OWNERS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,238 @@
+"""Which run a command is: the same command again goes on with the same run, in the same folder.
+
+    python src/train.py model=repvgg_b1 seed=1               outputs/B1-full-s1-8c1f03
+    python src/train.py -m ablation=plain,id seed=1,2        multirun/ablation-seed-5d0e7a
+
+The folder's name ends in a hash of what was typed, less what changes no result. In the folder, `run.json` keeps what
+the run was begun with, so that a folder is never continued as something else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from repvgg.files import replacing
+
+log = logging.getLogger(__name__)
+
+FILE, LOCK = "run.json", ".lock"
+#: Keys without influence on the numbers of a run: where it logs, and how its data gets here.
+WITHOUT_INFLUENCE = (
+    *("logger", "run", "data.num_threads", "data.batches_ahead", "data.os_cache", "data.check"),
+    *("callbacks.interruption", "callbacks.perf"),
+)
+#: What may differ besides when a run is continued by its folder or its `run.id`: places, machines, measurements.
+OF_A_PLACE = (
+    *("output_dir", "root", "ckpt_path", "init_from", "bench", "world_size", "device", "threads", "required"),
+    *("data.dir", "data.train_file", "data.val_file", "data.prepare", "data.write_command"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.default_root_dir"),
+    *("callbacks.checkpoints.directory", "callbacks.health.directory", "callbacks.guard.directory"),
+    *("choices.logger", "choices.trainer", "choices.data", "git", "versions"),
+)
+HASH_LENGTH = 6
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _is_under(key: str, nodes: Iterable[str]) -> bool:
+    return any(key == node or key.startswith(f"{node}.") for node in nodes)
+
+
+def fingerprint(overrides: Iterable[str]) -> str:
+    """Six hexadecimal digits that stand for a set of overrides, in whatever order, less those without influence."""
+    told = sorted(o for o in overrides if not _is_under(_key(o), WITHOUT_INFLUENCE))
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:HASH_LENGTH]
+
+
+def subject(choices: Mapping[str, str]) -> str:
+    """What a run is about: B0-id, and B0-id-digits where the data is not ImageNet."""
+    model = choices["model"].removeprefix("repvgg_")
+    return on_data(f"{model[0].upper()}{model[1:]}-{choices['ablation']}", choices)
+
+
+def on_data(name: str, choices: Mapping[str, str]) -> str:
+    """The name with the data set's, unless that is ImageNet."""
+    return name if choices["data"] == "imagenet" else f"{name}-{choices['data']}"
+
+
+def run_name(choices: Mapping[str, str], seed: int) -> str:
+    """Short and readable: B0-id-s1 (and B0-id-digits-s1 where the data is not ImageNet)."""
+    return f"{subject(choices)}-s{seed}"
+
+
+def run_folder(*, _root_: DictConfig) -> str:
+    """`${run_folder:}`: run.id, or name and fingerprint of the run.
+
+    Of a W&B agent's run the fingerprint is its id: a sweep may ask for the same values twice, and means two runs.
+    """
+    if _root_.run.id is not None:
+        return require_id(str(_root_.run.id))
+    name = run_name(_root_.hydra.runtime.choices, _root_.seed)
+    if "WANDB_SWEEP_ID" in os.environ:
+        return f"{name}-{os.environ.get('WANDB_RUN_ID', '')}".rstrip("-")
+    return f"{name}-{fingerprint(_root_.hydra.overrides.task)}"
+
+
+def sweep_folder(*, _root_: DictConfig) -> str:
+    """`${sweep_folder:}`: what is varied, and the fingerprint of all that was typed."""
+    typed = list(_root_.hydra.overrides.task)
+    varied = [_key(o).rpartition(".")[2] for o in typed if _has_several(o.partition("=")[2])]
+    experiments = [o.partition("=")[2].strip("[]'\"").replace(",", "_") for o in typed if _key(o) == "experiment"]
+    named = re.sub(r"[^A-Za-z0-9_-]", "", "-".join([*experiments, *varied])[:60])
+    return f"{named or 'sweep'}-{fingerprint(typed)}"
+
+
+def _has_several(value: str) -> bool:
+    """Whether an override sweeps: commas outside of brackets, or one of Hydra's functions."""
+    outside = re.sub(r"\[[^\[\]]*\]|\{[^{}]*\}", "", value)
+    return "," in outside or re.match(r"(range|choice|interval|glob|tag|shuffle|sort)\(", value) is not None
+
+
+def require_id(name: str) -> str:
+    """Raise ValueError unless a name can be a folder's and a W&B run's."""
+    if not ID.fullmatch(name):
+        raise ValueError(f"run.id={name}: choose up to 64 letters, digits, and _ . - that begin with a letter or digit")
+    return name
+
+
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `run.json` keeps. `id` is W&B's; `begun` is UTC; `config` is the logged one of the first start."""
+
+    id: str
+    begun: str
+    overrides: list[str]
+    config: dict[str, Any]
+
+    def write(self, directory: str | Path) -> None:
+        """Once the training is about to begin."""
+        with replacing(Path(directory) / FILE) as file:
+            file.write(f"{json.dumps(asdict(self), indent=2)}\n".encode())
+
+
+def claim(
+    directory: str | Path, config: Mapping[str, Any], overrides: Sequence[str], *, begun: bool, id: str | None = None
+) -> Identity:
+    """The identity of the run in a directory, or a new one; call it on one rank.
+
+    The directory is locked as long as this process lives.
+
+    Args:
+        config: nested and resolved, as it is logged. Of a continued run it must be that of its first start but for
+            `WITHOUT_INFLUENCE` and `OF_A_PLACE`.
+        begun: whether there is something to continue. A folder in which no training got anywhere is anyone's.
+        id: for W&B, of a new run; None draws one.
+
+    Raises:
+        ValueError: another process trains there, or the directory is another run's.
+    """
+    directory = Path(directory)
+    _lock(directory)
+    earlier = read_identity(directory)
+    if earlier is not None:
+        try:
+            require_same(earlier, config, directory)
+        except ValueError:
+            if begun:
+                raise
+        else:
+            return earlier
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new_id = id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    return Identity(new_id, now, list(overrides), _plain(config))
+
+
+def read_identity(directory: str | Path) -> Identity | None:
+    """What `run.json` says; None where there is none.
+
+    Raises ValueError if it cannot be read.
+    """
+    path = Path(directory) / FILE
+    try:
+        return Identity(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the file of a run ({error}): move the folder away, or give run.id=") from error
+
+
+def require_same(earlier: Identity, config: Mapping[str, Any], directory: Path) -> None:
+    """Raise ValueError, with the keys that differ, where a run would be continued as another."""
+    now, then = _flat(_plain(config)), _flat(earlier.config)
+    told = [*WITHOUT_INFLUENCE, *OF_A_PLACE]
+    common = [key for key in then if key in now and not _is_under(key, told)]
+    differing = [f"{key}={then[key]} is {now[key]} now" for key in common if then[key] != now[key]]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{directory} holds a run that was begun with other values: {'; '.join(differing[:3])}{more}. It was\n"
+            f"  {' '.join(earlier.overrides)}\nGive another run.id=NAME (or hydra.run.dir=) for a new run"
+        )
+    unknown = sorted(key for key in now.keys() ^ then.keys() if not _is_under(key, told))
+    if unknown:
+        log.warning("the run was begun by another version of the configs: %s", ", ".join(unknown[:5]))
+    for key in ("git.sha", "versions.torch"):
+        if key in then and key in now and then[key] != now[key]:
+            log.warning("the run was begun with %s %s, and goes on with %s", key, then[key], now[key])
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read back."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+_locks: dict[Path, Any] = {}
+
+
+def _lock(directory: Path) -> None:
+    """For as long as the process lives; the system releases it however that ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = (directory / LOCK).resolve()
+    if path in _locks:
+        return
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"{directory} is being trained by {owner}: wait for it, stop it, or give run.id=NAME for a second run"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[path] = file
