@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -10,12 +11,38 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from repvgg.learn.batchnorm import bring_together, check_batchnorm, reads_statistics, running_statistics
 from repvgg.learn.optim import fused_l2, parameter_groups, scaled_lr, warmup_then_cosine
 
 Batch = tuple[Tensor, Tensor]
+
+
+class MeanLoss(Metric):
+    """The mean over images of what is given as the mean of each batch, summed in float64, over all ranks.
+
+    Unlike torchmetrics' own mean it leaves out no NaN, and so does not wait for the GPU at every batch to look for one.
+    """
+
+    full_state_update = False
+    total: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "images"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, images: int) -> None:
+        """A batch's mean and size."""
+        self.total += loss.double() * images
+        self.images += images
+
+    def compute(self) -> Tensor:
+        """NaN before the first image."""
+        return self.total / self.images
 
 
 class Scores(nn.Module):
@@ -30,7 +57,7 @@ class Scores(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.loss = MeanMetric()
+        self.loss = MeanLoss()
         self.accuracy = MetricCollection(
             {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)},
             compute_groups=False,
@@ -74,6 +101,8 @@ class Classifier(pl.LightningModule):
         channels_last: memory format of the network.
         compile: torch.compile ``net`` in place, which keeps the names of its parameters; once for every size of a
             batch that occurs.
+        batchnorm: whose running statistics count, see :mod:`repvgg.learn.batchnorm`. ``sync`` needs
+            ``Trainer(sync_batchnorm=True)`` too.
     """
 
     def __init__(
@@ -93,8 +122,12 @@ class Classifier(pl.LightningModule):
         label_smoothing: float = 0.0,
         channels_last: bool = True,
         compile: bool = False,
+        batchnorm: str = "rank0",
     ) -> None:
         super().__init__()
+        check_batchnorm(batchnorm)
+        self.batchnorm = batchnorm
+        self._reads_statistics: bool | None = None
         positive = {"lr": lr, "lr_batch": lr_batch, "batch_size": batch_size, "bias_lr_factor": bias_lr_factor}
         for name, value in positive.items():
             if not value > 0:
@@ -111,13 +144,42 @@ class Classifier(pl.LightningModule):
         self.decay_identity_gamma, self.bias_lr_factor = decay_identity_gamma, bias_lr_factor
         self.custom_l2 = custom_l2
         self.train_scores = MetricCollection(
-            {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}, compute_groups=False
+            {"loss": MeanLoss(), "top1": MulticlassAccuracy(num_classes, average="micro")}, compute_groups=False
         )
         self.scores = Scores(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, N × num_classes."""
         return self.net(images)
+
+    def bring_statistics_together(self) -> None:
+        """BatchNorm's running statistics, and whatever else the network buffers, are the same on all ranks from here.
+
+        Every rank must call this. Where averaged weights are swapped in, it is theirs.
+        """
+        bring_together(dict(self.net.named_buffers()), self.batchnorm, running_statistics(self.net))
+
+    def on_fit_start(self) -> None:
+        """Find out anew."""
+        self._reads_statistics = None
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """A network whose training reads running statistics reads the same on all ranks."""
+        if self.trainer.world_size == 1:
+            return
+        if self._reads_statistics is None:
+            self._reads_statistics = self.custom_l2 or reads_statistics(self.net, batch[0][:2])
+        if self._reads_statistics:
+            self.bring_statistics_together()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What is saved is what a validation at this step would see; the file is of rank 0 as it is."""
+        if self.batchnorm == "mean":
+            statistics = {f"net.{name}" for name in running_statistics(self.net)}
+            # These are the network's own tensors, and those of averaged weights where there are some.
+            for part in ("state_dict", "current_model_state"):
+                saved = {name: value for name, value in checkpoint.get(part, {}).items() if name in statistics}
+                bring_together(saved, self.batchnorm, statistics)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch; its labels may be shares of the classes, N × num_classes (mixup).
@@ -151,6 +213,12 @@ class Classifier(pl.LightningModule):
         return logits
 
     test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        """Every rank validates one network, with or without a deploy form beside it."""
+        self.bring_statistics_together()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         """Log the train form's scores."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, SumMetric
 
@@ -53,7 +52,7 @@ class TwoFormValidation(pl.Callback):
     """Converts at every validation and test, and logs both forms' accuracy, disagreement and throughput.
 
     The network that is trained is only read. Both forms are fed the same decoded batches in one pass over the data.
-    Before converting, the BatchNorm buffers of rank 0 go to all ranks: these are what a checkpoint holds.
+    Before converting, all ranks get the BatchNorm statistics that a checkpoint holds (:mod:`repvgg.learn.batchnorm`).
 
     Args:
         throughput: how both forms are timed, on rank 0 and after the loader has finished, while the others wait.
@@ -73,9 +72,7 @@ class TwoFormValidation(pl.Callback):
         self.full_precision = True
 
     def _start(self, trainer: pl.Trainer, module: Classifier) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for buffer in module.net.buffers():
-                dist.broadcast(buffer, 0)
+        module.bring_statistics_together()
         # With TF32 the forms differ by about its rounding, 1e-3 relative.
         tf32 = module.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         self.full_precision = trainer.precision in ("32-true", "64-true") and not tf32
