@@ -20,9 +20,9 @@ from repvgg.cli import (
     quote_paths,
     recorded,
     run_group,
-    subject,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
+from repvgg.identity import subject
 
 log = logging.getLogger("evaluate")
 

@@ -68,7 +68,7 @@ def main(cfg: DictConfig) -> float | None:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
         checkpoints = Path(cfg.output_dir) / "checkpoints"
-        if rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             overrides = list(HydraConfig.get().overrides.task)
             config = {**logged_config(cfg, choices), **code()}
             begun = any(checkpoints.glob("*.ckpt"))

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from repvgg.cli import ROOT, logged_config, prepare_environment, run_name
+from repvgg.cli import ROOT, logged_config, prepare_environment
+from repvgg.identity import run_name
 from repvgg.model import Block, count_macs, count_parameters, to_deploy
 from repvgg.report.table import load_paper
 from support.paper import (

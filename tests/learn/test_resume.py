@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from support.training import classifier, datamodule, two_forms
 
 from repvgg.learn.augment import RandAugment
 from repvgg.learn.checkpoint import AtomicCheckpointIO, Checkpoints, newest_whole
@@ -21,7 +20,7 @@ from repvgg.learn.health import Health
 from repvgg.learn.interrupt import Interrupted, Interruption, Signals
 from repvgg.learn.logging import metrics_csv
 from repvgg.learn.perf import PerfMonitor
-from repvgg.report.runs import read_directory
+from support.training import classifier, datamodule, two_forms
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory")
 EPOCHS, BATCHES = 3, 6

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 #: Newest first. A kill between the two renames of a save leaves ``next.ckpt`` and no ``last.ckpt``.
 RESUMABLE = ("next.ckpt", "last.ckpt", "previous.ckpt")
 BEST = "best.ckpt"
-#: Under these keys a checkpoint says how far it is, what every rank's random numbers and metrics were, and whose it is.
 #: What is done of an epoch at each position.
 AFTER = {
     "complete": "%.0s",
@@ -35,6 +34,9 @@ AFTER = {
     "trained": ", with the validation after its %d batches",
     "validated": ", after the validation after its %d batches",
 }
+#: Lightning's counters of one thing.
+ALL = ("ready", "started", "processed", "completed")
+#: Under these keys a checkpoint says how far it is, what every rank's random numbers and metrics were, and whose it is.
 POSITION, RANKS, RUN = "repvgg_position", "repvgg_ranks", "repvgg_run"
 
 
@@ -300,18 +302,19 @@ def _at(loop: dict[str, Any], position: str, epoch: int) -> int:
     """
     batches = loop["epoch_loop.batch_progress"]
     for counters in (batches["total"], batches["current"]):
-        counters.update(dict.fromkeys(("ready", "started", "processed"), counters["completed"]))
+        counters.update(dict.fromkeys(ALL, counters["completed"]))
     for counters in loop["epoch_progress"].values():
-        counters.update(dict.fromkeys(("ready", "started", "processed", "completed"), epoch))
+        counters.update(dict.fromkeys(ALL, epoch))
+    # "trained" is to Lightning the middle of a validation, which it begins again
+    validated = dict.fromkeys(ALL, 0) | ({"ready": 1, "started": 1} if position == "trained" else {})
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    for counters in (validation["total"], validation["current"]):
+        counters.update(validated)
     if position == "complete":
         return 0
     for counters in loop["epoch_progress"].values():
         counters["ready"] = epoch + 1  # with nothing started, the hooks of the epoch's start are called again
     batches["is_last_batch"] = position != "batches"
-    if position == "trained":  # as in the middle of a validation, which Lightning begins again
-        for counters in loop["epoch_loop.val_loop.batch_progress"].values():
-            if isinstance(counters, dict):
-                counters.update(ready=1, started=1, processed=0, completed=0)
     completed: int = batches["current"]["completed"]
     return completed
 
@@ -319,7 +322,9 @@ def _at(loop: dict[str, Any], position: str, epoch: int) -> int:
 def _skip(trainer: pl.Trainer, batches: int) -> None:
     loader = trainer.train_dataloader
     if not hasattr(loader, "skip"):
-        raise ValueError(f"the checkpoint is of the middle of an epoch, and {type(loader).__name__} cannot skip batches")
+        raise ValueError(
+            f"the checkpoint is of the middle of an epoch, and {type(loader).__name__} cannot skip batches"
+        )
     loader.skip(batches)
     # Lightning asks for loaders with a state, which it would restore too late.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
@@ -335,9 +340,13 @@ def _gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Of Python, NumPy, torch and the device, as types that `torch.load(weights_only=True)` reads."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - of whoever draws from it
-    state = {"python": random.getstate(), "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest)}
-    state["torch"] = torch.get_rng_state()
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - of whoever draws from it
+    kind, keys, *rest = numpy
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -378,7 +387,7 @@ def set_metric_states(module: pl.LightningModule, states: Mapping[str, Mapping[s
         metric = module.get_submodule(name)
         for key, value in state.items():
             if key == "updates":
-                metric._update_count = value  # type: ignore[assignment]
+                metric._update_count = value
             else:
                 moved = [v.to(module.device) for v in value] if isinstance(value, list) else value.to(module.device)
                 setattr(metric, key, moved)

@@ -249,6 +249,14 @@ class Health(pl.Callback):
         due = self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return due and trainer.is_global_zero
 
+    def state_dict(self) -> dict[str, Any]:
+        """The gradients' norms of an epoch whose end is still to come."""
+        return {"gradients": [[*where, norm] for where, norm in self.gradients.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As :meth:`state_dict`."""
+        self.gradients = {(layer, kind): norm for layer, kind, norm in state_dict["gradients"]}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what an interrupted run wrote of the epochs before this one."""
         if trainer.is_global_zero:

@@ -214,4 +214,4 @@ class Interruption(pl.Callback):
 
 
 def _checkpoints(trainer: pl.Trainer) -> Checkpoints:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Checkpoints))
+    return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from pytorch_lightning.strategies.launchers import subprocess_script
 
@@ -34,7 +36,7 @@ def live_and_die_together() -> None:
     """
     if "LOCAL_RANK" in os.environ and os.environ["LOCAL_RANK"] != "0" and not _has_an_agent():
         _in_background(_leave_with_rank_0, os.getppid())
-    subprocess_script._launch_process_observer = _observe  # type: ignore[attr-defined]
+    subprocess_script._launch_process_observer = _observe
 
 
 def _has_an_agent() -> bool:
@@ -42,15 +44,15 @@ def _has_an_agent() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _observe(ranks: list[subprocess.Popen[bytes]]) -> None:
-    _in_background(_end_with_any, ranks)
+def _observe(child_processes: list[subprocess.Popen[Any]]) -> None:
+    _in_background(_end_with_any, child_processes)
 
 
-def _in_background(function: object, *arguments: object) -> None:
-    threading.Thread(target=function, args=arguments, daemon=True, name="ranks").start()  # type: ignore[arg-type]
+def _in_background(function: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True, name="ranks").start()
 
 
-def _end_with_any(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _end_with_any(ranks: list[subprocess.Popen[Any]]) -> None:
     failed = None
     while failed is None:
         time.sleep(POLL_S)
@@ -65,7 +67,7 @@ def _end_with_any(ranks: list[subprocess.Popen[bytes]]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _how(rank: subprocess.Popen[bytes], number: int) -> str:
+def _how(rank: subprocess.Popen[Any], number: int) -> str:
     code = rank.returncode
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"local rank {number} (process {rank.pid}) {end}"

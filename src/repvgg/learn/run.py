@@ -18,6 +18,7 @@ from repvgg.learn.logging import RunLogger
 from repvgg.learn.module import Classifier
 from repvgg.model import count_macs, count_parameters, count_shortcuts, not_fused, to_deploy
 
+
 def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str, float]:
     """Parameters and multiply-adds per image of both forms (``params/*``, ``macs/*``).
 
@@ -83,7 +84,8 @@ def train_and_test(
     Raises:
         Interrupted: after a signal; Lightning has shut down by then.
     """
-    for callback in trainer.callbacks:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
         if isinstance(callback, Interruption):
             callback.signals = signals
         if isinstance(callback, Checkpoints):
