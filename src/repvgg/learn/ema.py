@@ -38,6 +38,15 @@ class EMA(WeightAveraging):
             raise ValueError(f"callbacks.ema.decay={decay} must be at least 0 and below 1")
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
+        self._left_out: int | None = None
+
+    def leave_out(self, step: int) -> None:
+        """The optimiser has not taken this step (from 0): there is nothing new to average."""
+        self._left_out = step
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """After every step that was taken."""
+        return step_idx is not None and step_idx != self._left_out
 
     @torch.no_grad()
     def _average(self, averages: list[Tensor], weights: list[Tensor], _: object) -> None:
