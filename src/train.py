@@ -54,6 +54,7 @@ def main(cfg: DictConfig) -> float | None:
         from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
+        from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing, strategy
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
@@ -65,6 +66,7 @@ def main(cfg: DictConfig) -> float | None:
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         set_tf32(cfg.tf32)
         quiet_lightning()
+        environment_of_ranks = cluster_environment(cfg.trainer.devices, cfg.trainer.num_nodes)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
         checkpoints = Path(cfg.output_dir) / "checkpoints"
@@ -87,9 +89,10 @@ def main(cfg: DictConfig) -> float | None:
         callbacks = {name: made for name, made in instantiate(cfg.callbacks).items() if made is not None}
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
+            strategy=strategy(cfg.trainer.strategy, cfg.trainer.devices, cfg.trainer.num_nodes, cfg.ddp_timeout_s),
             logger=list(instantiate(cfg.logger).values()),
             callbacks=list(callbacks.values()),
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), environment_of_ranks],
         )
         if resumed is None and cfg.ckpt_path is not None:
             require_continuable(cfg.ckpt_path, choices, module)
@@ -108,9 +111,11 @@ def main(cfg: DictConfig) -> float | None:
     live_and_die_together()
     # Some values can only be judged by what Lightning makes of them, such as the number of steps.
     with (
+        requeueing(),
         Signals() as signals,
         clear_errors(lambda: trainer.global_step == 0),
         recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE),
+        naming_lost_ranks(trainer.global_rank, trainer.world_size, cfg.output_dir),
     ):
         metrics |= train_and_test(trainer, module, datamodule, resumed or cfg.ckpt_path, signals, choices)
     return metrics.get(OBJECTIVE)

@@ -64,10 +64,12 @@ def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None
             "InstantiationException",
             "MisconfigurationException",
         )
-        if not wrong_input or not setting_up() or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        # Such as RankLostError: its message says it all, whenever it comes.
+        exit_code = getattr(cause, "exit_code", WRONG_INPUT if wrong_input and setting_up() else None)
+        if exit_code is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {cause}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
+        sys.exit(exit_code)
 
 
 @contextmanager

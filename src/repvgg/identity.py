@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FILE, LOCK = "run.json", ".lock"
 #: Keys without influence on the numbers of a run: where it logs, and how its data gets here.
 WITHOUT_INFLUENCE = (
-    *("logger", "run", "data.num_threads", "data.batches_ahead", "data.os_cache", "data.check"),
+    *("logger", "run", "data.num_threads", "data.batches_ahead", "data.os_cache", "data.check", "ddp_timeout_s"),
     *("callbacks.interruption", "callbacks.perf"),
 )
 #: What may differ besides when a run is continued by its folder or its `run.id`: places, machines, measurements.

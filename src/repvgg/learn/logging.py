@@ -23,6 +23,7 @@ FINISH_TIMEOUT_S = 600
 def quiet_lightning() -> None:
     """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # The output directory holds Hydra's files by then, and after a resume older numbers (kept by metrics_csv) and
     # checkpoints (replaced atomically).
