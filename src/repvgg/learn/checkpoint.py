@@ -58,9 +58,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as file:
                 torch.save(checkpoint, file)
-        except OSError as error:
-            self.error = error
-            log.warning("the checkpoint %s was not written: %s. Training goes on without it", target, error.strerror)
+        except (OSError, RuntimeError) as error:
+            # torch's writer follows what the file system said with an error of its own
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            self.error = cause
+            log.warning("the checkpoint %s was not written: %s. Training goes on without it", target, cause.strerror)
 
 
 def damage(path: Path) -> str | None:
