@@ -57,13 +57,13 @@ def train(directory: Path, digits: Path, *extra: pl.Callback, **options: Any) ->
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    callbacks = [EMA(0.9), two_forms(), PerfMonitor(1.0), Health(str(directory)), Noise(), *extra]
     interruption = Interruption()
+    callbacks = [interruption, EMA(0.9), two_forms(), PerfMonitor(1.0), Health(str(directory)), Noise(), *extra]
     run = pl.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,
         limit_train_batches=BATCHES,
-        callbacks=[*callbacks, interruption, Checkpoints(str(directory / "checkpoints"))],
+        callbacks=[*callbacks, Checkpoints(str(directory / "checkpoints"))],
         logger=metrics_csv(str(directory)),
         default_root_dir=directory,
         plugins=[AtomicCheckpointIO()],

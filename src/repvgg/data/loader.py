@@ -184,16 +184,20 @@ class SafeLoader(Loader):
         device: torch.device | None = None,
         batches_ahead: int = 3,
         os_cache: bool = True,
+        batches_per_step: int = 1,
     ) -> None:
         if batches_ahead < 1:
             raise ValueError(f"batches_ahead must be at least 1, got {batches_ahead}")
         self.samples = len(verify_beton(path))
-        check_share(self.samples, batch_size=batch_size, rank=rank, world_size=world_size, train=train, path=path)
+        step = batch_size * batches_per_step if train else batch_size
+        check_share(self.samples, batch_size=step, rank=rank, world_size=world_size, train=train, path=path)
+        self.batches_per_step = batches_per_step
         self.train = train
         self.rank = rank
         self.world_size = world_size
         self.device = device or torch.device("cpu")
         self._live: _Iteration | None = None
+        self._skipped = 0
         with torch_threads_kept():
             super().__init__(
                 str(path),
@@ -211,6 +215,28 @@ class SafeLoader(Loader):
         """Choose order and augmentation of the next iteration. Without it, every iteration is the next epoch."""
         self.next_epoch = epoch
 
+    def skip(self, batches: int) -> None:
+        """Begin the next iteration, and only that, after its first `batches`; nothing is decoded of them.
+
+        Raises:
+            ValueError: beyond the epoch's end.
+        """
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"{self.fname} has {len(self)} batches an epoch for this rank: {batches} cannot be skipped")
+        self._skipped = batches
+
+    def batch_records(self, epoch: int, batch: int, rank: int | None = None) -> NDArray[np.int64]:
+        """Record numbers of a batch (from 0) of training epoch `epoch`; of this rank, or another."""
+        order = train_order(
+            self.samples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=self.rank if rank is None else rank,
+            world_size=self.world_size,
+        )
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
     def set_size(self, size: int) -> None:
         """Change the output size in pixels from the next iteration on. Nothing is compiled again."""
         for decoder in self._fused():
@@ -224,7 +250,7 @@ class SafeLoader(Loader):
             return val_order(self.samples, rank=self.rank, world_size=self.world_size)
         return train_order(
             self.samples,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size * self.batches_per_step,
             seed=self.seed,
             epoch=self.next_epoch,
             rank=self.rank,
@@ -261,8 +287,9 @@ class SafeLoader(Loader):
             )
         for decoder in self._fused():
             decoder.epoch = self.next_epoch
-        order = self.next_traversal_order()
+        order = self.next_traversal_order()[self._skipped * self.batch_size :]
         self.next_epoch += 1
+        self._skipped = 0
         # Tensors that are born in inference mode could not be written by the loader's thread.
         with torch.inference_mode(False), _current_device(self.device):
             iteration = self._live = _Iteration(self, order)
@@ -315,13 +342,15 @@ def make_loader(
     ops: Literal["fused", "stock"] = "fused",
     batches_ahead: int = 3,
     os_cache: bool = True,
+    batches_per_step: int = 1,
 ) -> SafeLoader:
     """Yield (images, labels) on `device` (None: CPU): uint8 N×3×H×W in channels_last strides, and int64 (N,).
 
     `batch_size` is per rank. `train` shuffles, shards and drops the incomplete last batch; otherwise every image
     comes once, in order, over all ranks. `ops="stock"` builds the same crop from FFCV's own operations, as a
     baseline: its crops and flips cannot be seeded, so runs with it are not reproducible. `os_cache=False` reads
-    through FFCV's own page cache, for files larger than memory.
+    through FFCV's own page cache, for files larger than memory. `batches_per_step` are accumulated to one step of the
+    optimiser: an epoch is a whole number of steps, of the images that it would be of without accumulation.
     """
     if ops not in ("fused", "stock"):
         raise ValueError(f"ops must be 'fused' or 'stock', got {ops!r}")
@@ -348,6 +377,7 @@ def make_loader(
         device=device,
         batches_ahead=batches_ahead,
         os_cache=os_cache,
+        batches_per_step=batches_per_step,
     )
 
 
