@@ -185,7 +185,8 @@ def test_every_recipe_builds_its_module_data_and_callbacks(recipe: str) -> None:
     assert isinstance(module, pl.LightningModule)
     assert isinstance(instantiate(cfg.datamodule, batch_size=8), pl.LightningDataModule)
     callbacks = instantiate(cfg.callbacks)
-    assert list(callbacks)[:2] == ["ema", "resize"]  # averaged weights are swapped in before the others look
+    # before the next batch is looked at; and averaged weights are swapped in before the others look
+    assert list(callbacks)[:3] == ["interruption", "ema", "resize"]
     assert all(c is None or isinstance(c, pl.Callback) for c in callbacks.values())
 
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from e2e.test_train import SMALL
 from repvgg.cli import NODE_OF_GROUP
-from repvgg.learn.run import OBJECTIVE
 from support.wandb_server import WandbServer, client
 
 with warnings.catch_warnings():
@@ -57,10 +56,6 @@ def space(arguments: list[str]) -> tuple[dict, dict]:
 
 
 # --- the files
-
-
-def test_the_objective_is_what_train_returns() -> None:
-    assert sweep.OBJECTIVE == OBJECTIVE
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -94,7 +94,7 @@ def test_leaves_a_record_and_both_checkpoints(finished: Path) -> None:
     result = record(finished)
     assert result["status"] == "finished"
     assert result["metrics"]["params/deploy"] < result["metrics"]["params/train_form"]
-    assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(f.name for f in (finished / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert (finished / "metrics.csv").stat().st_size > 0
 
 
@@ -217,7 +217,7 @@ def stopped_by(signum: signal.Signals, data: list[str], directory: Path) -> int:
     )
     try:
         deadline = time.monotonic() + 100
-        while not (directory / "checkpoints" / "last.ckpt").exists():
+        while not (directory / "checkpoints" / "best.ckpt").exists():
             assert time.monotonic() < deadline, "no epoch ended"
             assert process.poll() is None
             time.sleep(0.2)

@@ -88,21 +88,6 @@ def test_recipe_values_are_checked() -> None:
         classifier(lr=-1)
 
 
-def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "checkpoints" / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"epoch": 1}, target)
-
-    def torn(content: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError, match="No space"):
-        AtomicCheckpointIO().save_checkpoint({"epoch": 2}, target)
-    assert torch.load(target, weights_only=True) == {"epoch": 1}
-    assert [f.name for f in target.parent.iterdir()] == ["last.ckpt"]
-
-
 def test_missing_gpus_and_silent_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"asks for 64 GPUs, this machine has \d+.*trainer=cpu"):
         require_devices("gpu", 64, "32-true")

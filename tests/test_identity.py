@@ -1,0 +1,122 @@
+"""Which run a command is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from repvgg.cli import ROOT, prepare_environment
+from repvgg.identity import Identity, claim, fingerprint, read_identity, run_folder, sweep_folder
+
+OVERRIDES = ["model=repvgg_a0", "ablation=id", "seed=3", "recipe.lr=0.05", "+experiment=table6"]
+HARMLESS = ["logger=csv", "run.tags=[a]", "data.os_cache=false", "callbacks.interruption.every_minutes=5"]
+CONFIG: dict[str, Any] = {"seed": 1, "recipe": {"lr": 0.1}, "run": {"name": "B0"}, "data": {"dir": "/here", "size": 32}}
+
+
+@given(st.permutations(OVERRIDES), st.sets(st.sampled_from(HARMLESS)))
+def test_neither_order_nor_what_changes_no_result_makes_another_run(typed: list[str], harmless: set[str]) -> None:
+    assert fingerprint([*typed, *harmless]) == fingerprint(OVERRIDES)
+
+
+@given(st.sampled_from(OVERRIDES), st.sampled_from(["trainer.max_epochs=2", "compile=true", "seed=4"]))
+def test_whatever_changes_a_result_does(left_out: str, added: str) -> None:
+    whole = fingerprint(OVERRIDES)
+    assert fingerprint([o for o in OVERRIDES if o != left_out]) != whole
+    assert fingerprint([*OVERRIDES, added]) != whole
+
+
+def composed(*overrides: str) -> Any:
+    prepare_environment()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=list(overrides), return_hydra_config=True)
+
+
+def test_folders_say_what_is_in_them() -> None:
+    a = run_folder(_root_=composed("ablation=id", "seed=2", "data=digits"))
+    assert a.startswith("B0-id-digits-s2-")
+    assert a == run_folder(_root_=composed("seed=2", "data=digits", "ablation=id", "logger=csv"))
+    assert run_folder(_root_=composed("run.id=mine")) == "mine"
+    swept = OmegaConf.create({"hydra": {"overrides": {"task": ["ablation=plain,id", "seed=1,2", "net.depths=[1,2]"]}}})
+    assert sweep_folder(_root_=swept).startswith("ablation-seed-")
+    swept.hydra.overrides.task = ["+experiment=[table6,on_digits]", "recipe.lr=choice(0.1,0.2)"]
+    assert sweep_folder(_root_=swept).startswith("table6_on_digits-lr-")
+    swept.hydra.overrides.task = ["model=repvgg_a0"]
+    assert sweep_folder(_root_=swept).startswith("sweep-")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-a", "a b", ".", "x" * 65])
+def test_a_run_id_is_a_folders_name(name: str) -> None:
+    with pytest.raises(Exception, match="choose up to 64 letters"):
+        run_folder(_root_=OmegaConf.create({"run": {"id": name}}))
+
+
+def test_every_agents_run_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed("seed=1")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    assert run_folder(_root_=config) == "B0-full-s1-abc"
+
+
+def test_a_folder_goes_on_as_what_it_was_begun(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = claim(tmp_path, CONFIG, ["seed=1"], begun=False)
+    assert read_identity(tmp_path) is None  # not before the training begins
+    first.write(tmp_path)
+    assert read_identity(tmp_path) == first
+    moved = {**CONFIG, "run": {"name": "other"}, "data": {"dir": "/there", "size": 32}}
+    assert claim(tmp_path, moved, [], begun=True) == first
+    changed = {**CONFIG, "recipe": {"lr": 0.2}}
+    with pytest.raises(ValueError, match=r"begun with other values: recipe.lr=0.1 is 0.2 now. It was\n  seed=1\nGive"):
+        claim(tmp_path, changed, [], begun=True)
+    assert claim(tmp_path, changed, [], begun=False).config == changed  # nothing was trained there
+    assert claim(tmp_path, {**CONFIG, "new": 1}, [], begun=True) == first
+    assert "begun by another version of the configs: new" in caplog.text
+
+
+def test_an_id_is_typed_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    drawn = {claim(tmp_path / str(i), CONFIG, [], begun=False).id for i in range(3)}
+    assert len(drawn) == 3
+    assert claim(tmp_path / "typed", CONFIG, [], begun=False, id="mine").id == "mine"
+    monkeypatch.setenv("WANDB_RUN_ID", "agents")
+    assert claim(tmp_path / "agent", CONFIG, [], begun=False).id == "agents"
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json is not the file of a run .* move the folder away"):
+        read_identity(tmp_path)
+    (tmp_path / "run.json").write_text('{"id": "a"}')
+    with pytest.raises(ValueError, match=r"not the file of a run"):
+        read_identity(tmp_path)
+
+
+HOLD = """
+import sys, time
+from repvgg.identity import claim
+claim(sys.argv[1], {}, [], begun=False)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
+    script = tmp_path / "hold.py"
+    script.write_text(HOLD)
+    holder = subprocess.Popen([sys.executable, str(script), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"is being trained by process {holder.pid} on .*: wait for it, stop it"):
+            claim(tmp_path / "run", {}, [], begun=False)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert isinstance(claim(tmp_path / "run", {}, [], begun=False), Identity)  # however it ended
