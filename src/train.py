@@ -54,6 +54,7 @@ def main(cfg: DictConfig) -> float | None:
         from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
         from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
+        from repvgg.learn.batchnorm import check_batchnorm, ddp_options
         from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing, strategy
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.interrupt import Signals
@@ -64,6 +65,7 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.model import initialize, read_weights
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        check_batchnorm(cfg.batchnorm, cfg.trainer.accelerator, cfg.trainer.devices)
         set_tf32(cfg.tf32)
         quiet_lightning()
         environment_of_ranks = cluster_environment(cfg.trainer.devices, cfg.trainer.num_nodes)
@@ -89,7 +91,14 @@ def main(cfg: DictConfig) -> float | None:
         callbacks = {name: made for name, made in instantiate(cfg.callbacks).items() if made is not None}
         trainer: pl.Trainer = instantiate(
             cfg.trainer,
-            strategy=strategy(cfg.trainer.strategy, cfg.trainer.devices, cfg.trainer.num_nodes, cfg.ddp_timeout_s),
+            strategy=strategy(
+                cfg.trainer.strategy,
+                cfg.trainer.devices,
+                cfg.trainer.num_nodes,
+                cfg.ddp_timeout_s,
+                **ddp_options(cfg.batchnorm),
+            ),
+            sync_batchnorm=cfg.batchnorm == "sync",
             logger=list(instantiate(cfg.logger).values()),
             callbacks=list(callbacks.values()),
             plugins=[AtomicCheckpointIO(), environment_of_ranks],

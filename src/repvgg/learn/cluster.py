@@ -62,7 +62,10 @@ def cluster_environment(devices: int | str | list[int], num_nodes: int) -> Clust
         _require_tasks(devices, num_nodes)
         # Lightning refuses --ntasks without it; the number of tasks has been checked.
         os.environ["SLURM_NTASKS_PER_NODE"] = str(int(os.environ["SLURM_NTASKS"]) // num_nodes)
+        if num_nodes == 1:  # names of nodes need not be names of hosts
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         environment = SLURMEnvironment(auto_requeue=False)
+        _require_address(environment.main_address)
         rank_zero_only.rank = environment.global_rank()  # type: ignore[attr-defined]
         return environment
     _require_addresses(num_nodes)
@@ -82,8 +85,10 @@ def number_of(devices: int | str | list[int]) -> int | None:
 
 
 def _is_slurm_task() -> bool:
-    """Whether srun started this process. The commands of a batch script are in a job, but in no step of it."""
-    return under_slurm() and "SLURM_NTASKS" in os.environ and "SLURM_STEP_ID" in os.environ
+    """Whether srun started this process as a rank. A batch script's commands are in no step, a shell is one alone."""
+    if "SLURM_STEP_ID" not in os.environ or "SLURM_NTASKS" not in os.environ:
+        return False
+    return under_slurm() or int(os.environ["SLURM_NTASKS"]) > 1
 
 
 def _require_tasks(devices: int | str | list[int], num_nodes: int) -> None:
@@ -96,6 +101,16 @@ def _require_tasks(devices: int | str | list[int], num_nodes: int) -> None:
             f"trainer.num_nodes={num_nodes} is one task per device: give srun --nodes={num_nodes} "
             f"--ntasks-per-node={wanted}, or trainer.devices={per_node:g} trainer.num_nodes={nodes}"
         )
+
+
+def _require_address(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ValueError(
+            f"the first node of this job, {host}, has no address here ({error.strerror}): give MASTER_ADDR=ADDRESS in "
+            "the environment of the job"
+        ) from error
 
 
 def _require_workers(devices: int | str | list[int], num_nodes: int) -> None:
@@ -121,11 +136,12 @@ def _require_addresses(num_nodes: int) -> None:
         raise ValueError(f"NODE_RANK={node}: choose 0 to {num_nodes - 1}, since trainer.num_nodes={num_nodes}")
 
 
-def strategy(given: Any, devices: int | str | list[int], num_nodes: int, timeout_s: float) -> Any:
+def strategy(given: Any, devices: int | str | list[int], num_nodes: int, timeout_s: float, **options: Any) -> Any:
     """DDP that waits `timeout_s` seconds at most for another rank, wherever Lightning would choose DDP.
 
     Args:
         given: `trainer.strategy`; anything but ``auto`` and ``ddp`` is left as it is.
+        options: further ones of ``DDPStrategy``.
 
     Raises:
         ValueError: the time is not positive.
@@ -134,7 +150,7 @@ def strategy(given: Any, devices: int | str | list[int], num_nodes: int, timeout
         raise ValueError(f"ddp_timeout_s={timeout_s} must be a positive number of seconds")
     several = num_nodes > 1 or (number_of(devices) or 1) > 1
     if given == "ddp" or (given == "auto" and several):
-        return DDPStrategy(timeout=timedelta(seconds=timeout_s))
+        return DDPStrategy(timeout=timedelta(seconds=timeout_s), **options)
     return given
 
 

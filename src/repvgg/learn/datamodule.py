@@ -126,6 +126,7 @@ class ImageDataModule(pl.LightningDataModule):
                 world_size=trainer.world_size,
                 num_threads=threads,
                 device=trainer.strategy.root_device,
+                batches_per_step=trainer.accumulate_grad_batches,
                 **self.loader_options,
             )
             if split == "train":  # Lightning tells a training loader's sampler which epoch comes next
