@@ -53,8 +53,8 @@ def main(cfg: DictConfig) -> float | None:
         from hydra.utils import instantiate
         from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-        from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
         from repvgg.learn.batchnorm import check_batchnorm, ddp_options
+        from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
         from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing, strategy
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.interrupt import Signals

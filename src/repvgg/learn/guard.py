@@ -36,6 +36,8 @@ REMEDIES = (
 class NonFiniteLossError(RuntimeError):
     """Training has met a loss, a gradient or a weight that is NaN or infinite. Raised on all ranks at the same step."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class _Step:
