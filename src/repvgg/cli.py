@@ -51,7 +51,7 @@ def prepare_environment() -> None:
 def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """While a run is being set up, a ValueError is a wrong input: print it alone and exit with 2.
 
-    ``setting_up`` says whether it still is when the error comes. An error with an ``exit_code`` says enough at any time.
+    ``setting_up`` says whether it still is when the error comes. An error with an ``exit_code`` says enough by itself.
     HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
     try:

@@ -256,6 +256,6 @@ def is_connection_lost(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """Without the place in gloo's source, which every message begins with."""
-    line = str(error).strip().partition("\n")[0]
+    """Without the place in gloo's source, which every message begins with, and its advice to look elsewhere."""
+    line = str(error).strip().partition("\n")[0].partition(" This is typically caused")[0]
     return re.sub(r"^\[.*?\.(cc|cpp|h):\d+\]\s*", "", line).rstrip(".")
