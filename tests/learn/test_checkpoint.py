@@ -151,8 +151,14 @@ def test_the_checkpoint_of_another_network_is_refused(digits: Path, tmp_path: Pa
 
 
 def test_a_metric_that_is_not_logged_is_named(digits: Path, tmp_path: Path) -> None:
-    run = trainer(tmp_path, [Checkpoints(str(tmp_path), monitor="val/deploy/top1")], enable_checkpointing=True)
-    with pytest.raises(ValueError, match=r"monitor=val/deploy/top1 is not logged; choose from val/loss, val/top1"):
+    run = trainer(tmp_path, [Checkpoints(str(tmp_path), monitor="val/top9")], enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"monitor=val/top9 is not logged; choose from val/loss, val/top1"):
+        run.fit(classifier(), datamodule=datamodule(digits))
+
+
+def test_the_deploy_forms_metric_needs_the_deploy_form(digits: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, [Checkpoints(str(tmp_path))], enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"logged by callbacks.two_forms, which is off: add callbacks.checkpoints.mon"):
         run.fit(classifier(), datamodule=datamodule(digits))
 
 

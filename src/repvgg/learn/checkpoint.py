@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from repvgg.files import replacing
+from repvgg.learn.two_forms import TwoFormValidation
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +186,16 @@ class Checkpoints(Checkpoint):
     # --- when ---
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Say before the training what it could not be resumed from."""
-        if stage == "fit" and trainer.val_check_interval != 1.0:
+        """Say before the training what would stop it, or what it could not be resumed from."""
+        if stage != "fit":
+            return
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.monitor.startswith("val/deploy/") and not any(isinstance(c, TwoFormValidation) for c in callbacks):
+            raise ValueError(
+                f"callbacks.checkpoints.monitor={self.monitor} is logged by callbacks.two_forms, which is off: "
+                "add callbacks.checkpoints.monitor=val/top1"
+            )
+        if trainer.val_check_interval != 1.0:
             raise ValueError(
                 f"trainer.val_check_interval={trainer.val_check_interval}: validation is at the end of an epoch here, "
                 "trainer.check_val_every_n_epoch=N makes it rarer"

@@ -180,7 +180,7 @@ class Interruption(pl.Callback):
             wish = _SAVE
         agreed = self.agree(wish)
         if agreed:
-            saved = _checkpoints(trainer).save_last(trainer)
+            saved = any([keeper.save_last(trainer) for keeper in _keepers(trainer)])
             self._saved_at = time.monotonic()
             if agreed != _SAVE:
                 raise Interrupted(agreed, saved)
@@ -213,5 +213,6 @@ class Interruption(pl.Callback):
         return self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
 
 
-def _checkpoints(trainer: pl.Trainer) -> Checkpoints:
-    return next(callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+def _keepers(trainer: pl.Trainer) -> list[Checkpoints]:
+    """One, or none where it is switched off."""
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
