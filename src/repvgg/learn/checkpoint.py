@@ -333,11 +333,9 @@ def _at(loop: dict[str, Any], position: str, epoch: int) -> int:
 
 
 def _skip(trainer: pl.Trainer, batches: int) -> None:
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if not hasattr(loader, "skip"):
-        raise ValueError(
-            f"the checkpoint is of the middle of an epoch, and {type(loader).__name__} cannot skip batches"
-        )
+        raise ValueError(f"the checkpoint lies within an epoch, and {type(loader).__name__} cannot skip what was seen")
     loader.skip(batches)
     # Lightning asks for loaders with a state, which it would restore too late.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")

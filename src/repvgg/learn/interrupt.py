@@ -180,7 +180,8 @@ class Interruption(pl.Callback):
             wish = _SAVE
         agreed = self.agree(wish)
         if agreed:
-            saved = any([keeper.save_last(trainer) for keeper in _keepers(trainer)])
+            keeper = _keeper(trainer)
+            saved = keeper is not None and keeper.save_last(trainer)
             self._saved_at = time.monotonic()
             if agreed != _SAVE:
                 raise Interrupted(agreed, saved)
@@ -213,6 +214,5 @@ class Interruption(pl.Callback):
         return self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
 
 
-def _keepers(trainer: pl.Trainer) -> list[Checkpoints]:
-    """One, or none where it is switched off."""
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
+def _keeper(trainer: pl.Trainer) -> Checkpoints | None:
+    return next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)), None)
