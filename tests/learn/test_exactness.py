@@ -11,13 +11,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from learn.test_ddp import run
+from repvgg.data.order import train_order
 from repvgg.learn.batchnorm import bring_together, check_batchnorm, ddp_options, reads_statistics, running_statistics
 from repvgg.learn.ema import EMA
 from repvgg.learn.health import diagnose
@@ -76,7 +80,9 @@ class Trace(pl.Callback):
         }
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                self.result["average"] = {k: v.clone() for k, v in callback._average_model.module.net.state_dict().items()}
+                self.result["average"] = {
+                    k: v.clone() for k, v in callback._average_model.module.net.state_dict().items()
+                }
 
 
 def network(kind: str) -> RepVGG:
@@ -192,6 +198,32 @@ def test_accumulated_batches_are_whole_steps(digits: Path, tmp_path: Path) -> No
     assert accumulated["steps"] == whole["steps"] == STEPS
     assert accumulated["lr"] == whole["lr"]
     assert distance(whole["net"], accumulated["net"]) < 1e-12
+
+
+@given(
+    steps=st.integers(1, 4),
+    rest=st.integers(0, 50),
+    batch=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    accumulate=st.integers(1, 3),
+    epoch=st.integers(0, 3),
+)
+def test_every_step_is_of_the_same_images(
+    steps: int, rest: int, batch: int, ranks: int, accumulate: int, epoch: int
+) -> None:
+    """Each image at most once an epoch, none on two ranks, and fewer left out than a step has."""
+    whole = batch * ranks * accumulate
+    samples = steps * whole + rest % whole
+    one = train_order(samples, batch_size=whole, seed=0, epoch=epoch)
+    shares = [
+        train_order(samples, batch_size=batch * accumulate, seed=0, epoch=epoch, rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert len(one) == len(set(one.tolist())) == steps * whole
+    for step in range(steps):
+        of_ranks = [share[step * batch * accumulate :][: batch * accumulate] for share in shares]
+        assert sorted(np.concatenate(of_ranks).tolist()) == sorted(one[step * whole :][:whole].tolist())
 
 
 # --- how BatchNorm buffers travel ---

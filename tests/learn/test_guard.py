@@ -12,8 +12,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import MixedPrecision
 
 from learn.test_ddp import run
+from repvgg.data.verify import read_records
 from repvgg.learn.ema import EMA
 from repvgg.learn.guard import LossGuard, NonFiniteLossError
 from support.training import classifier, datamodule, trainer
@@ -270,6 +272,54 @@ def test_wrong_options(tmp_path: Path) -> None:
         LossGuard(str(tmp_path), "ignore")
     with pytest.raises(ValueError, match=r"callbacks\.guard\.max_skips=0 must be at least 1"):
         LossGuard(str(tmp_path), "skip", 0)
+
+
+def test_the_records_are_those_of_the_batch(digits: Path, tmp_path: Path) -> None:
+    """In the second epoch, by the labels that the network was given."""
+    labels: list[int] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 8:
+                labels.extend(batch[1].tolist())
+
+    with pytest.raises(NonFiniteLossError, match=r"at step 8 \(epoch 1"):
+        fit(tmp_path, [LossGuard(str(tmp_path)), Look(), Poison(8)], digits, max_epochs=2)
+    report = json.loads((tmp_path / "nonfinite_step_8.json").read_text())
+    (batch,) = report["ranks"][0]["batches"]
+    assert batch["batch"] == 3
+    assert len(set(batch["records"])) == 64
+    assert read_records(digits / "train.beton").labels[batch["records"]].tolist() == labels
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the scaler leaves the first steps out
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_grad_scaler_is_left_to_its_own_business(mode: str, digits: Path, tmp_path: Path) -> None:
+    """Real float16: an overflow of the scaled gradient is the scaler's; a loss that is no number is the guard's."""
+    guard, end, scales = LossGuard(str(tmp_path), mode), End(), []
+
+    class Scales(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            scales.append(trainer.precision_plugin.scaler.get_scale())
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # too large, which it finds out by itself
+    made = pl.Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=40, limit_val_batches=0, logger=False,
+        callbacks=[guard, Poison(38), Scales(), end], plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, inference_mode=False,
+        use_distributed_sampler=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = datamodule(digits, batch_size=32)
+    if mode == "stop":
+        with pytest.raises(NonFiniteLossError, match=r"at step 38 .*nan on rank 0, batch 38"):
+            made.fit(classifier(), datamodule=data)
+    else:
+        made.fit(classifier(), datamodule=data)
+        assert guard.skipped == 1
+        assert all(value.isfinite().all() for value in end.tensors.values())
+        assert scales[38] == scales[37] / 2
+    assert scales[0] == 2.0**39  # overflowed, and nobody stopped
+    assert scales[37] == scales[36] < 2.0**30
 
 
 # --- two ranks, of which one is hit ---
