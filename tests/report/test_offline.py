@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from repvgg.report.offline import BLOCK, find_offline_runs, read_offline_run
+from repvgg.report.offline import find_offline_runs, read_offline_run
+from repvgg.wandb_file import BLOCK
 
 RUN = """
 import sys, time, wandb

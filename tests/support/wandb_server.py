@@ -8,11 +8,13 @@ null. Which requests matter was found by running wandb 0.31 and wandb-workspaces
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import math
 import os
 import random
+import socket
 import sys
 import threading
 from collections import Counter
@@ -55,9 +57,10 @@ class Run:
     summary: Node = field(default_factory=dict)
     output: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    #: running, finished or failed
+    #: running, finished, failed or preempted
     state: str = "running"
     exit_code: int | None = None
+    preempting: bool = False
     #: how often a process said that it writes to this run
     begun: int = 0
 
@@ -155,9 +158,14 @@ class WandbServer:
         self.errors: list[str] = []
         self._lock = threading.RLock()
         self._ids = itertools.count(1)
-        handler = type("Handler", (_Handler,), {"server_state": self})
-        self._http = _Http(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+        #: instead of answers, while it is set: an HTTP status and the message of a GraphQL error
+        self.refusal: tuple[int, str] | None = None
+        self._handler = type("Handler", (_Handler,), {"server_state": self})
+        self._http = _Http(("127.0.0.1", 0), self._handler)
+        self._thread = self._serving()
+
+    def _serving(self) -> threading.Thread:
+        return threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> WandbServer:
         self._thread.start()
@@ -167,11 +175,18 @@ class WandbServer:
         self.stop()
 
     def stop(self) -> None:
-        """As if the machine had gone away: connections are refused from now on."""
+        """As if the machine had gone away: connections are cut, and refused from now on."""
         if self._thread.is_alive():
             self._http.shutdown()
             self._thread.join()
         self._http.server_close()
+        self._http.cut()
+
+    def come_back(self) -> None:
+        """After ``stop``: at the same address, with all that it knew."""
+        self._http = _Http(self._http.server_address, self._handler)
+        self._thread = self._serving()
+        self._thread.start()
 
     @property
     def url(self) -> str:
@@ -315,7 +330,7 @@ class WandbServer:
             run.summary = json.loads(given["summaryMetrics"])
         if "host" in given:  # the first word of a process, not a change of the config
             run.begun += 1
-            run.state = "running"
+            run.state, run.preempting = "running", False
         return {"bucket": self._run_node(name, (run.entity, run.project)), "inserted": inserted}
 
     def _run_node(self, name: str, project: tuple[str, str]) -> Node | None:
@@ -560,9 +575,11 @@ class WandbServer:
                     run.summary = json.loads(lines[-1])
                 elif name == "output.log":
                     run.output[chunk["offset"] :] = lines
+            run.preempting = run.preempting or given.get("preempting", False)
             if given.get("complete"):
                 run.exit_code = given.get("exitcode", 0)
-                run.state = "finished" if run.exit_code == 0 else "failed"
+                bad = "preempted" if run.preempting else "failed"
+                run.state = "finished" if run.exit_code == 0 else bad
 
 
 class _Counted(dict[str, Any]):
@@ -627,6 +644,25 @@ def _matches(run: Run, wanted: Node) -> bool:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
 
+    def __init__(self, address: Any, handler: Any) -> None:
+        self._open: set[socket.socket] = set()
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self._open.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def cut(self) -> None:
+        """End the connections that clients keep open for their next request."""
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):  # the client was faster
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that has its answer leaves its connection open and resets it when it ends."""
         error = sys.exception()
@@ -642,7 +678,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = self._parts()
         try:
-            if parts == ["graphql"]:
+            if self.server_state.refusal is not None:
+                status, message = self.server_state.refusal
+                self._answer({"data": None, "errors": [{"message": message}]}, status)
+            elif parts == ["graphql"]:
                 given = json.loads(body)
                 self._answer({"data": self.server_state.graphql(given["query"], given.get("variables") or {})})
             elif parts[0] == "files" and parts[-1] == "file_stream":

@@ -1,29 +1,17 @@
-"""Reading W&B runs back from their `.wandb` files, without an account and without a server.
-
-A `.wandb` file is a LevelDB log with a 7-byte header of its own: `:W&B`, the number 0xBEE1 and a version. Then blocks
-of 32 KiB hold chunks: checksum (u32, CRC-32 of kind and data, without LevelDB's masking), length (u16), kind (u8:
-whole, first, middle, last), data. Whole or joined, the data is one `wandb_internal_pb2.Record`. This was read off files
-written by wandb 0.31, which no longer ships the reader of earlier versions.
-"""
+"""Reading W&B runs back from their `.wandb` files, without an account and without a server."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg import wandb_file
+
 if TYPE_CHECKING:
     import pandas as pd
-
-HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
-CHUNK = struct.Struct("<IHB")
-BLOCK = 32 * 1024
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class OfflineRun:
 
 def find_offline_runs(directory: str | Path) -> list[Path]:
     """The `.wandb` files under a directory, oldest run first (W&B begins their directories with the time)."""
-    return sorted(Path(directory).rglob("run-*.wandb"), key=lambda file: (file.parent.name, file))
+    return wandb_file.find(directory)
 
 
 def read_offline_run(path: str | Path, *, history: bool = True) -> OfflineRun:
@@ -61,15 +49,11 @@ def read_offline_run(path: str | Path, *, history: bool = True) -> OfflineRun:
     Raises ValueError if it is not a W&B file, or if it is damaged elsewhere than at its end. An end torn by a kill
     is left out.
     """
-    # Late: importing wandb takes longer than reading a run.
     import pandas as pd
-    from wandb.proto import wandb_internal_pb2
 
     file = _single_file(Path(path))
     parts = _Parts(id=file.stem.removeprefix("run-"), with_history=history)
-    for frame in _frames(file):
-        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined,unused-ignore]
-        record.ParseFromString(frame)
+    for record in wandb_file.records(file):
         parts.add(record)
     return OfflineRun(
         id=parts.id,
@@ -110,40 +94,18 @@ class _Parts:
                 self.project = run.project
                 if run.HasField("start_time"):
                     self.started = run.start_time.ToDatetime(UTC)
-                _update(self.config, run.config)
-                _update(self.summary, run.summary)
+                wandb_file.update(self.config, run.config)
+                wandb_file.update(self.summary, run.summary)
             case "config":
-                _update(self.config, record.config)
+                wandb_file.update(self.config, record.config)
             case "summary":
-                _update(self.summary, record.summary)
+                wandb_file.update(self.summary, record.summary)
             case "history" if self.with_history:
-                row = {".".join(_key(item)): json.loads(item.value_json) for item in record.history.item}
+                row = {".".join(wandb_file.key(item)): json.loads(item.value_json) for item in record.history.item}
                 self.history.append(row)
             case "exit":
                 self.finished = True
                 self.exit_code = record.exit.exit_code
-
-
-def _key(item: Any) -> tuple[str, ...]:
-    return tuple(item.nested_key) or (item.key,)
-
-
-def _update(target: dict[str, Any], change: Any) -> None:
-    for item in change.update:
-        *parents, last = _key(item)
-        _descend(target, parents)[last] = json.loads(item.value_json)
-    for item in change.remove:
-        *parents, last = _key(item)
-        _descend(target, parents).pop(last, None)
-
-
-def _descend(target: dict[str, Any], parents: Iterable[str]) -> dict[str, Any]:
-    for key in parents:
-        inner = target.get(key)
-        if not isinstance(inner, dict):
-            inner = target[key] = {}
-        target = inner
-    return target
 
 
 def _single_file(path: Path) -> Path:
@@ -156,31 +118,3 @@ def _single_file(path: Path) -> Path:
             "find_offline_runs lists the runs below a directory."
         )
     return files[0]
-
-
-def _frames(file: Path) -> Iterator[bytes]:
-    content = file.read_bytes()
-    if content[: len(HEADER)] != HEADER:
-        raise ValueError(
-            f"{file} is not a W&B run file: it begins with {content[: len(HEADER)]!r}, not {HEADER!r}. "
-            "W&B writes run-<id>.wandb into <WANDB_DIR>/wandb/offline-run-*/."
-        )
-    position, joined = len(HEADER), b""
-    while position + CHUNK.size <= len(content):
-        left = BLOCK - position % BLOCK
-        if left < CHUNK.size:  # the rest of a block that has no room for a chunk's head
-            position += left
-            continue
-        checksum, length, kind = CHUNK.unpack_from(content, position)
-        data = content[position + CHUNK.size : position + CHUNK.size + length]
-        if len(data) < length or kind == 0:  # torn, or space the file system had set aside
-            return
-        if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
-            in_last_block = position // BLOCK == (len(content) - 1) // BLOCK
-            if in_last_block or not any(content[position + CHUNK.size + length :]):  # torn while it was written
-                return
-            raise ValueError(f"{file} is damaged at byte {position} of {len(content)}: the checksum does not fit.")
-        position += CHUNK.size + length
-        joined = data if kind in (WHOLE, FIRST) else joined + data
-        if kind in (WHOLE, LAST):
-            yield joined
