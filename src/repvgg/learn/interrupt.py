@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,8 @@ EXIT_CODES = {
     signal.SIGUSR1: TRY_AGAIN,
     signal.SIGUSR2: TRY_AGAIN,
 }
+#: One event may signal a process twice: what torchrun or srun passes on, Slurm or the terminal sends to all as well.
+SAME_EVENT_S = 0.5
 _SAVE = 1  # no signal has this meaning here
 
 
@@ -54,6 +57,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int = 0
+        self._received_at = 0.0
         self._deferring = False
         self._outer: dict[int, Any] = {}
 
@@ -85,10 +89,12 @@ class Signals:
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self.received:
+            if time.monotonic() - self._received_at < SAME_EVENT_S:
+                return
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
             return
-        self.received = signum
+        self.received, self._received_at = signum, time.monotonic()
         if not self._deferring:
             raise Interrupted(signum)
         # No logging in a handler: the interrupted thread may hold its lock.
@@ -107,10 +113,10 @@ class Agreement:
         self._group: Any = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
-    def start(self, world_size: int) -> None:
-        """On all ranks."""
+    def start(self, world_size: int, timeout: timedelta | None = None) -> None:
+        """On all ranks; ``timeout`` is how long one waits for another."""
         self._pending = None
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
 
     def __call__(self, mine: int) -> int:
         """What the ranks gave to the call before; of one rank, ``mine``."""
@@ -159,7 +165,7 @@ class Interruption(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Meet the other ranks."""
-        self.agree.start(trainer.world_size)
+        self.agree.start(trainer.world_size, getattr(trainer.strategy, "_timeout", None))
         # Lightning asks at every batch over the devices, and waits, whether rank 0 has got a SIGTERM.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
