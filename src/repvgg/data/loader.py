@@ -222,7 +222,7 @@ class SafeLoader(Loader):
             ValueError: beyond the epoch's end.
         """
         if not 0 <= batches <= len(self):
-            raise ValueError(f"{batches} batches cannot be skipped: {self.fname} has {len(self)} of this rank in an epoch")
+            raise ValueError(f"{batches} batches cannot be skipped: this rank has {len(self)} of {self.fname} an epoch")
         self._skipped = batches
 
     def batch_records(self, epoch: int, batch: int, rank: int | None = None) -> NDArray[np.int64]:
