@@ -123,6 +123,8 @@ class SlurmLauncher(Launcher):
                     f"hydra.launcher.{key}={parameters[key]}: Slurm has to know a number. "
                     "Give trainer.devices=N and trainer.num_nodes=N, of which it is made"
                 )
+        # What is sent to all of a job, as with `scancel --full`, must not end the script in which the training runs.
+        parameters["setup"] = ["trap : USR1 USR2", *(parameters["setup"] or [])]
         if parameters["signal_delay_s"] >= 60 * parameters["timeout_min"]:
             raise SlurmLauncherError(
                 f"hydra.launcher.signal_delay_s={parameters['signal_delay_s']} is not less than "

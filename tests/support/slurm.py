@@ -8,10 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from support.commands import environment, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "scancel", "squeue")
 PACKAGES = "apt-get install --no-install-recommends slurm-wlm munge"
@@ -64,14 +65,14 @@ class Slurm:
 
     def __init__(self, state: Path) -> None:
         self.state = state
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        self.environment = {name: value for name, value in environment().items() if not name.startswith("SLURM_")}
         self.environment["SLURM_CONF"] = str(state / "slurm.conf")
 
-    def run(self, *command: str, check: bool = True, cwd: Path | None = None, timeout: float = 200) -> str:
-        """What it printed."""
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, timeout: float = 200, **more: str) -> str:
+        """What it printed; ``more`` are variables of its environment."""
         done = subprocess.run(
             command,
-            env=self.environment,
+            env={**self.environment, **more},
             cwd=cwd,
             capture_output=True,
             text=True,
@@ -86,7 +87,7 @@ class Slurm:
         """The job's id."""
         file = self.state / f"{secrets.token_hex(4)}.sh"
         file.write_text(f"#!/bin/bash\n{script}\n")
-        return self.run("sbatch", "--parsable", f"--output={output}", *options, str(file), cwd=cwd).strip()
+        return self.run("sbatch", "--parsable", f"--output={output}", *options, str(file), cwd=cwd).splitlines()[-1]
 
     def jobs(self) -> dict[str, dict[str, str]]:
         """Of every job or task of an array that Slurm still knows: what `scontrol show job` says."""
@@ -111,13 +112,6 @@ class Slurm:
         for job in [name for name, fields in self.jobs().items() if fields["JobState"] in ("RUNNING", "PENDING")]:
             self.run("scancel", job, check=False)
         wait_until(lambda: not self.run("squeue", "--noheader").strip(), "no job to be left", 60)
-
-
-def wait_until(condition: Callable[[], object], what: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout:.0f} s for {what}"
-        time.sleep(0.2)
 
 
 @contextmanager
