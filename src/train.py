@@ -1,8 +1,12 @@
-"""Train one RepVGG: `python src/train.py --help` has examples; `-m` and commas train several, one after another."""
+"""Train one RepVGG: `python src/train.py --help` has examples; `-m` and commas train several, one after another.
+
+The same command again goes on where the last one stopped, or says what came of it.
+"""
 
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,27 +25,72 @@ from repvgg.cli import (
     run_group,
 )
 from repvgg.data.manifest import number_of_classes, require_files
-from repvgg.identity import claim, run_name
+from repvgg.identity import Identity, claim, require_typed_id, run_name
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 log = logging.getLogger("train")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError for what is wrong with a command, and say how many classes its data has."""
+    if cfg.init_from is not None and cfg.ckpt_path is not None:
+        raise ValueError("init_from begins a run with a file's weights, ckpt_path continues one: give one of them")
+    missing = [key for key in cfg.required if cfg[key] is None and cfg.ckpt_path is None]
+    if missing:
+        recipe = HydraConfig.get().runtime.choices["recipe"]
+        raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
+    if cfg.init_from is not None and not Path(cfg.init_from).is_file():
+        raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
+    if cfg.data.prepare is None:
+        files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
+        require_files(files, cfg.data.write_command)
+        cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
+
+
+def identify(cfg: DictConfig, choices: dict[str, str], checkpoints: Path) -> Identity | None:
+    """Take the run's folder for this process, and its id for W&B; None on any rank but the first."""
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    from repvgg.learn.checkpoint import remove_leftovers
+    from repvgg.learn.run import code
+
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return None
+    config = {**logged_config(cfg, choices), **code()}
+    typed = list(HydraConfig.get().overrides.task)
+    identity = claim(cfg.output_dir, config, typed, begun=any(checkpoints.glob("*.ckpt")), id=cfg.run.id)
+    remove_leftovers(checkpoints)
+    cfg.run.id = identity.id
+    return identity
+
+
+def build_trainer(cfg: DictConfig, environment: object) -> "pl.Trainer":
+    """The Trainer, with its loggers; W&B's run and the CSV file go on where this run stopped."""
+    from hydra.utils import instantiate
+
+    from repvgg.learn.batchnorm import ddp_options
+    from repvgg.learn.checkpoint import AtomicCheckpointIO
+    from repvgg.learn.cluster import strategy
+
+    asked = cfg.trainer.strategy, cfg.trainer.devices, cfg.trainer.num_nodes
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        strategy=strategy(*asked, cfg.ddp_timeout_s, **ddp_options(cfg.batchnorm)),
+        sync_batchnorm=cfg.batchnorm == "sync",
+        logger=list(instantiate(cfg.logger).values()),
+        callbacks=[callback for callback in instantiate(cfg.callbacks).values() if callback is not None],
+        plugins=[AtomicCheckpointIO(), environment],
+    )
+    return trainer
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
     with clear_errors():
-        if cfg.init_from is not None and cfg.ckpt_path is not None:
-            raise ValueError("init_from begins a run with a file's weights, ckpt_path continues one: give one of them")
-        missing = [key for key in cfg.required if cfg[key] is None and cfg.ckpt_path is None]
-        if missing:
-            recipe = HydraConfig.get().runtime.choices["recipe"]
-            raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
-        if cfg.init_from is not None and not Path(cfg.init_from).is_file():
-            raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
-        if cfg.data.prepare is None:
-            files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
-            require_files(files, cfg.data.write_command)
-            cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
+        check(cfg)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
         cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
@@ -51,60 +100,40 @@ def main(cfg: DictConfig) -> float | None:
         # Heavy imports from here on: a wrong command has been answered by now.
         import pytorch_lightning as pl
         from hydra.utils import instantiate
-        from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-        from repvgg.learn.batchnorm import check_batchnorm, ddp_options
-        from repvgg.learn.checkpoint import AtomicCheckpointIO, newest_whole, remove_leftovers, require_continuable
-        from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing, strategy
+        from repvgg.learn.batchnorm import check_batchnorm
+        from repvgg.learn.checkpoint import newest_whole, require_continuable
+        from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
         from repvgg.learn.ranks import live_and_die_together
-        from repvgg.learn.run import code, describe, environment, introduction, train_and_test
+        from repvgg.learn.run import describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         check_batchnorm(cfg.batchnorm, cfg.trainer.accelerator, cfg.trainer.devices)
         set_tf32(cfg.tf32)
         quiet_lightning()
-        environment_of_ranks = cluster_environment(cfg.trainer.devices, cfg.trainer.num_nodes)
+        ranks = cluster_environment(cfg.trainer.devices, cfg.trainer.num_nodes)
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
 
         checkpoints = Path(cfg.output_dir) / "checkpoints"
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            overrides = list(HydraConfig.get().overrides.task)
-            config = {**logged_config(cfg, choices), **code()}
-            begun = any(checkpoints.glob("*.ckpt"))
-            identity = claim(cfg.output_dir, config, overrides, begun=begun, id=cfg.run.id)
-            cfg.run.id = identity.id
-            remove_leftovers(checkpoints)
+        identity = identify(cfg, choices, checkpoints)
         resumed = newest_whole(checkpoints)
-
         module = instantiate(cfg.module)
         if cfg.init_from is not None and resumed is None:
             weights = read_weights(cfg.init_from)
             with fitting_choices(weights, choices["ablation"]):
                 initial = initialize(module.net, weights)
+            if identity is not None:
+                log.info(initial)
+        if cfg.ckpt_path is not None and resumed is None:
+            require_continuable(cfg.ckpt_path, choices, module)
         size = cfg.data.resolution
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
-        callbacks = {name: made for name, made in instantiate(cfg.callbacks).items() if made is not None}
-        trainer: pl.Trainer = instantiate(
-            cfg.trainer,
-            strategy=strategy(
-                cfg.trainer.strategy,
-                cfg.trainer.devices,
-                cfg.trainer.num_nodes,
-                cfg.ddp_timeout_s,
-                **ddp_options(cfg.batchnorm),
-            ),
-            sync_batchnorm=cfg.batchnorm == "sync",
-            logger=list(instantiate(cfg.logger).values()),
-            callbacks=list(callbacks.values()),
-            plugins=[AtomicCheckpointIO(), environment_of_ranks],
-        )
-        if resumed is None and cfg.ckpt_path is not None:
-            require_continuable(cfg.ckpt_path, choices, module)
+        trainer = build_trainer(cfg, ranks)
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
         datamodule = instantiate(cfg.datamodule, batch_size=share)
         config = {**logged_config(cfg, choices), **environment(trainer)}
@@ -112,9 +141,7 @@ def main(cfg: DictConfig) -> float | None:
         for logger in trainer.loggers:  # where a W&B run begins
             logger.log_hyperparams(config)
 
-    if trainer.is_global_zero:
-        if cfg.init_from is not None and resumed is None:
-            log.info(initial)
+    if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
         identity.write(cfg.output_dir)
     live_and_die_together()
@@ -132,6 +159,8 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     prepare_environment()
+    with clear_errors():
+        require_typed_id(sys.argv[1:])
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt_path", "init_from"])
     with key_suggestions("train", sys.argv[1:]):
         main()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from repvgg.cli import ROOT, prepare_environment
-from repvgg.identity import Identity, claim, fingerprint, read_identity, run_folder, sweep_folder
+from repvgg.identity import Identity, claim, fingerprint, read_identity, require_typed_id, run_folder, sweep_folder
 
 OVERRIDES = ["model=repvgg_a0", "ablation=id", "seed=3", "recipe.lr=0.05", "+experiment=table6"]
 HARMLESS = ["logger=csv", "run.tags=[a]", "data.os_cache=false", "callbacks.interruption.every_minutes=5"]
@@ -56,6 +56,14 @@ def test_folders_say_what_is_in_them() -> None:
 def test_a_run_id_is_a_folders_name(name: str) -> None:
     with pytest.raises(Exception, match="choose up to 64 letters"):
         run_folder(_root_=OmegaConf.create({"run": {"id": name}}))
+
+
+def test_a_typed_id_is_judged_before_hydra_makes_a_folder_of_it() -> None:
+    require_typed_id(["run.id=mine", "run.id=null", "model=repvgg_a0"])
+    with pytest.raises(ValueError, match="run.id=a/b: choose"):
+        require_typed_id(["run.id=a/b"])
+    with pytest.raises(ValueError, match=r"run.id=mine names one run, and -m starts several: give hydra.sweep.dir="):
+        require_typed_id(["-m", "run.id=mine"])
 
 
 def test_every_agents_run_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

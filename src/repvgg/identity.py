@@ -105,6 +105,17 @@ def _has_several(value: str) -> bool:
     return "," in outside or re.match(r"(range|choice|interval|glob|tag|shuffle|sort)\(", value) is not None
 
 
+def require_typed_id(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a `run.id=` that cannot name a run, before Hydra makes a folder of it."""
+    for argument in arguments:
+        if argument.startswith("run.id=") and argument not in ("run.id=", "run.id=null"):
+            require_id(argument.partition("=")[2])
+            if {"-m", "--multirun"} & set(arguments):
+                raise ValueError(
+                    f"{argument} names one run, and -m starts several: give hydra.sweep.dir= a name instead"
+                )
+
+
 def require_id(name: str) -> str:
     """Raise ValueError unless a name can be a folder's and a W&B run's."""
     if not ID.fullmatch(name):
