@@ -23,12 +23,13 @@ OFFLINE = "offline-"
 
 
 def find(directory: str | Path, id: str = "*") -> list[Path]:
-    """The `.wandb` files under a directory, of one run or of all, oldest first.
+    """The `.wandb` files under a directory, of one run or of all, oldest first."""
+    return sorted(Path(directory).rglob(f"run-{id}.wandb"), key=age)
 
-    W&B begins their directories with the time: `run-TIME-ID`, or `offline-run-TIME-ID`.
-    """
-    files = Path(directory).rglob(f"run-{id}.wandb")
-    return sorted(files, key=lambda file: (file.parent.name.removeprefix(OFFLINE), file))
+
+def age(file: Path) -> tuple[str, Path]:
+    """Sorts files, oldest first: W&B names their directories `run-TIME-ID` and `offline-run-TIME-ID`."""
+    return file.parent.name.removeprefix(OFFLINE), file
 
 
 def is_offline(file: Path) -> bool:

@@ -168,7 +168,7 @@ def test_what_hydra_and_the_csv_logger_wrote_of_a_killed_run(make_run: Make, tmp
     assert (run.choice("ablation"), run.config["net"]) == ("full", {"width_a": 0.25})
 
 
-def test_a_resumed_runs_history_goes_on_and_a_repeated_ones_does_not(make_run: Make, tmp_path: Path) -> None:
+def test_of_what_two_starts_logged_the_later_ones_counts(make_run: Make, tmp_path: Path) -> None:
     run_dir = make_run("a", curve=(0.1, 0.2)).run_dir
     header = "epoch,step,train/loss,val/deploy/top1\n"
     (run_dir / "metrics.csv").rename(run_dir / "metrics.1.csv")
@@ -177,7 +177,10 @@ def test_a_resumed_runs_history_goes_on_and_a_repeated_ones_does_not(make_run: M
     assert curve(run) == [(0, 0.1), (1, 0.25), (2, 0.3)]
     (run_dir / "metrics.csv").write_text(f"{header}0,9,,0.7\n")
     (run,), _ = read_runs([str(tmp_path)])
-    assert curve(run) == [(0, 0.7)]
+    assert curve(run) == [(0, 0.7), (1, 0.2)]
+    (run_dir / "metrics.csv").unlink()  # a start that was killed before its first row
+    (run,), _ = read_runs([str(tmp_path)])
+    assert curve(run) == [(0, 0.1), (1, 0.2)]
 
 
 def test_an_evaluation_is_told_from_a_training(make_run: Make, tmp_path: Path) -> None:

@@ -36,18 +36,21 @@ NO_ANSWER = re.compile("deadline exceeded|timed out|giving up after", re.IGNOREC
 def quiet_lightning() -> None:
     """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Where Slurm is installed, of every training that it did not start.
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # The output directory holds Hydra's files by then, and after a resume older numbers (kept by metrics_csv) and
-    # checkpoints (replaced atomically).
-    warnings.filterwarnings("ignore", message="(Experiment logs|Checkpoint) directory .* exists and is not empty")
+    # After a resume it holds checkpoints, which are replaced atomically.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
 def metrics_csv(directory: str) -> SafeCSVLogger:
     """``directory/metrics.csv``: the record that survives whatever happens to W&B.
 
-    An older file of the same directory becomes ``metrics.N.csv``; Lightning would delete it.
+    Of an earlier start in the directory, it becomes ``metrics.N.csv``, to be read before this one; and ``result.json``
+    becomes ``result.N.json``, since it is not how this start ends.
     """
-    _set_aside(Path(directory) / "metrics.csv")
+    for name in ("metrics.csv", "result.json"):
+        _set_aside(Path(directory) / name)
     return SafeCSVLogger(directory)
 
 

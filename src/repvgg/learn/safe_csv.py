@@ -33,6 +33,9 @@ class Writer(ExperimentWriter):
         self._size = 0
         self._failing = False
 
+    def _check_log_dir_exists(self) -> None:
+        """Lightning's would delete an older file; `metrics_csv` has set it aside."""
+
     def save(self) -> None:
         """Write the rows that are not in the file yet; without space, a warning, once."""
         if not self.metrics:

@@ -6,6 +6,7 @@ The record is how a sweep, a table and a sweeper learn of a run; it is there who
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from repvgg.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 RECORD = "result.json"
 HISTORY = "metrics.csv"
@@ -56,6 +59,9 @@ def write_record(
 ) -> Path:
     """Writes `<run_dir>/result.json` atomically and returns its path.
 
+    A disk that does not take it is an OSError that says so. Of a run that was stopped by another error, which is on its
+    way to the user, it is a line of the log.
+
     JSON has no NaN and no infinity: they are written as "NaN", "Infinity" and "-Infinity", and `read_record` turns
     them back into floats in `metrics` and `objective`. What JSON does not know in `config` is written as text.
     """
@@ -71,8 +77,14 @@ def write_record(
     }
     path = Path(run_dir) / RECORD
     text = json.dumps(_finite(content), indent=2, allow_nan=False, default=str)
-    with replacing(path) as file:
-        file.write(f"{text}\n".encode())
+    try:
+        with replacing(path) as file:
+            file.write(f"{text}\n".encode())
+    except OSError as error:
+        problem = f"The record of the {status} run, {path}, could not be written: {error.strerror or error}"
+        if status == "finished":
+            raise OSError(error.errno, f"{problem}. Make room and give the same command again") from error
+        log.error(problem)
     return path
 
 

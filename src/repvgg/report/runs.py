@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from repvgg import wandb_file
 from repvgg.report.offline import OfflineRun, read_offline_run
 from repvgg.report.record import HISTORY, RECORD, RunRecord, read_history, read_record
 
@@ -113,7 +114,7 @@ def _find(root: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
             directories[here] = []
         inner[:] = [name for name in inner if name not in (HYDRA, "checkpoints")]
     loose = []
-    for file in sorted(files, key=lambda file: (file.parent.name, file)):
+    for file in sorted(files, key=wandb_file.age):
         owner = file.parents[2] if file.parents[1].name == "wandb" else None
         if owner in directories:
             directories[owner].append(file)
@@ -132,13 +133,17 @@ def read_directory(directory: Path, wandb_files: Sequence[Path], notes: list[str
         pass  # killed before its end, or W&B's files alone
     except ValueError as problem:
         unreadable = str(problem)
-    with_csv = (directory / HISTORY).exists()
+    tables = _csv_files(directory)
     offline: list[OfflineRun] = []
     for file in wandb_files:
         try:
-            offline.append(read_offline_run(file, history=not with_csv))
+            run = read_offline_run(file, history=not tables)
         except ValueError as problem:
             notes.append(f"Not read: {problem}")
+        else:
+            # Empty is the file of a start that did not reach the server, or was killed at once.
+            if run.config or run.started or len(wandb_files) == 1:
+                offline.append(run)
     last = offline[-1] if offline else None
 
     status, error = _status(record, last, unreadable)
@@ -159,7 +164,7 @@ def read_directory(directory: Path, wandb_files: Sequence[Path], notes: list[str
         started=last.started if last else None,
         overrides=hydra.get("overrides"),
         evaluation=hydra.get("job") == "evaluate" or _is_evaluation(config, last.job_type if last else ""),
-        history=_csv_history(directory, notes) if with_csv else joined([_long(run.history) for run in offline]),
+        history=_csv_history(tables, notes) if tables else joined([_long(run.history) for run in offline]),
     )
 
 
@@ -233,11 +238,16 @@ def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 # --- histories ------------------------------------------------------------------------------------------------------
 
 
-def _csv_history(directory: Path, notes: list[str]) -> pd.DataFrame:
-    # metrics.1.csv, metrics.2.csv, … are what earlier starts in this directory wrote
+def _csv_files(directory: Path) -> list[Path]:
+    """Oldest start first: metrics.1.csv, metrics.2.csv, … and metrics.csv, which a start has from its first row on."""
     older = sorted(directory.glob("metrics.*.csv"), key=lambda file: (len(file.name), file.name))
+    last = directory / HISTORY
+    return [*older, last] if last.exists() else older
+
+
+def _csv_history(files: Sequence[Path], notes: list[str]) -> pd.DataFrame:
     parts = []
-    for file in [*older, directory / HISTORY]:
+    for file in files:
         try:
             parts.append(_kept(read_history(file)))
         except ValueError as error:
@@ -273,18 +283,15 @@ def _long(wide: pd.DataFrame) -> pd.DataFrame:
 
 
 def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The histories of one run's starts, oldest first: of each what lies before the next, which went on from there."""
-    import pandas as pd
+    """One history of the starts of one run, oldest first: of what was logged twice, the later start's counts.
 
-    whole = no_history()
-    for part in parts:
-        if not part.empty:
-            whole = (
-                pd.concat([earlier, part], ignore_index=True)
-                if len(earlier := whole[whole["step"] < part["step"].min()])
-                else part
-            )
-    return whole
+    A start goes on from the checkpoint of an earlier one, which had got further before it was killed.
+    """
+    return (
+        _stacked(parts)
+        .drop_duplicates(["step", "metric"], keep="last")
+        .sort_values(["step", "metric"], ignore_index=True)
+    )
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------
@@ -312,13 +319,12 @@ def _merge(a: Run, b: Run, notes: list[str]) -> Run:
     if last.online and not first.online and first.status == last.status:
         first, last = last, first  # a directory knows more than W&B
     notes.append(f"{first.name} and {last.name} are the same W&B run, {', '.join(last.ids)}: counted once.")
-    is_copy = first.started == last.started or first.online or last.online
     return dataclasses.replace(
         last,
         config={**first.config, **last.config},
         ids=tuple(dict.fromkeys((*first.ids, *last.ids))),
         overrides=last.overrides if last.overrides is not None else first.overrides,
-        history=max(last.history, first.history, key=len) if is_copy else joined([first.history, last.history]),
+        history=joined([first.history, last.history]),
     )
 
 
