@@ -20,6 +20,7 @@ from repvgg.learn.health import Health
 from repvgg.learn.interrupt import Interrupted, Interruption, Signals
 from repvgg.learn.logging import metrics_csv
 from repvgg.learn.perf import PerfMonitor
+from support.equal import checkpoint, different, logged
 from support.training import classifier, datamodule, two_forms
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory")
@@ -88,41 +89,6 @@ def train(directory: Path, digits: Path, *extra: pl.Callback, **options: Any) ->
     return run
 
 
-def last(directory: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
-    return content
-
-
-TIMED = ("bench/", "perf/", "reparam/convert_s")
-
-
-def different(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two checkpoints differ in anything but measured times."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [k for k in a.keys() | b.keys() if not str(k).startswith(TIMED)]
-        return [d for k in keys for d in different(a.get(k, "missing"), b.get(k, "missing"), f"{where}/{k}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in different(x, y, f"{where}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    return [] if a == b else [f"{where}: {a} and {b}"]
-
-
-def logged(directory: Path) -> dict[tuple[int, str], float]:
-    """What our reader makes of all the CSV files of a run's starts."""
-    import csv
-
-    rows: dict[tuple[int, str], float] = {}
-    older = sorted(directory.glob("metrics.*.csv"), key=lambda f: int(f.name.split(".")[1]))
-    for file in [*older, directory / "metrics.csv"]:
-        with file.open() as lines:
-            for row in csv.DictReader(lines):
-                for name, text in row.items():
-                    if text and name not in ("step", "epoch") and not name.startswith(TIMED):
-                        rows[int(row["step"]), name] = float(text)
-    return rows
-
-
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole")
@@ -142,6 +108,6 @@ def test_a_signal_anywhere_costs_nothing(
     assert stopped.value.code == 75
     assert stopped.value.saved
     train(tmp_path, digits)
-    assert different(last(whole), last(tmp_path)) == []
+    assert different(checkpoint(whole), checkpoint(tmp_path)) == []
     assert logged(whole) == logged(tmp_path)
     assert (whole / "health.csv").read_text() == (tmp_path / "health.csv").read_text()
