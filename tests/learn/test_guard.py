@@ -233,6 +233,18 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_found(digits: Path, tm
         fit(tmp_path, [LossGuard(str(tmp_path)), Overflow()], digits)
 
 
+def test_a_large_gradient_is_still_a_number(digits: Path, tmp_path: Path) -> None:
+    """1e25, whose square is not one in float32."""
+
+    class Large(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            weight = next(pl_module.net.parameters())
+            weight.register_hook(lambda g: torch.full_like(g, 1e25))
+
+    made = fit(tmp_path, [LossGuard(str(tmp_path)), Large()], digits, limit_train_batches=1)
+    assert made.global_step == 1
+
+
 def test_an_infinite_loss_with_a_finite_gradient_counts(digits: Path, tmp_path: Path) -> None:
     """Of inf + x, the gradient is that of x."""
     module = classifier()

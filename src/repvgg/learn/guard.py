@@ -167,9 +167,7 @@ class LossGuard(pl.Callback):
     def _finite(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
         """A scalar, the same on all ranks."""
         if _scaler(trainer) is None:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            # Of the largest entry: the root of the sum of squares overflows earlier than any of them.
-            return get_total_norm(gradients, norm_type=math.inf).isfinite()
+            return _all_finite([p.grad for p in module.parameters() if p.grad is not None])
         bad = torch.stack(self._losses).isfinite().logical_not().any().int()
         if trainer.world_size > 1:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -310,6 +308,15 @@ def _keep(module: pl.LightningModule) -> Callable[[], None]:
                 setattr(metric, name, value)
 
     return put_back
+
+
+def _all_finite(gradients: list[Tensor]) -> Tensor:
+    """A scalar on their device, which is not waited for if it is a GPU."""
+    if any(gradient.is_cuda for gradient in gradients):
+        return get_total_norm(gradients, norm_type=math.inf).isfinite()
+    # On a CPU the 2-norm takes a twentieth of the time (RepVGG-A0, one thread); but its squares may overflow alone.
+    finite = get_total_norm(gradients).isfinite()
+    return finite if finite else torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
