@@ -60,9 +60,9 @@ def test_a_run_id_is_a_folders_name(name: str) -> None:
 
 def test_a_typed_id_is_judged_before_hydra_makes_a_folder_of_it() -> None:
     require_typed_id(["run.id=mine", "run.id=null", "model=repvgg_a0"])
-    with pytest.raises(ValueError, match="run.id=a/b: choose"):
+    with pytest.raises(ValueError, match=r"run.id=a/b: choose"):
         require_typed_id(["run.id=a/b"])
-    with pytest.raises(ValueError, match=r"run.id=mine names one run, and -m starts several: give hydra.sweep.dir="):
+    with pytest.raises(ValueError, match=r"run.id=mine names one run, and -m starts several: name hydra.sweep.dir="):
         require_typed_id(["-m", "run.id=mine"])
 
 

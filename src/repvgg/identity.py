@@ -112,7 +112,7 @@ def require_typed_id(arguments: Sequence[str]) -> None:
             require_id(argument.partition("=")[2])
             if {"-m", "--multirun"} & set(arguments):
                 raise ValueError(
-                    f"{argument} names one run, and -m starts several: give hydra.sweep.dir= a name instead"
+                    f"{argument} names one run, and -m starts several: name hydra.sweep.dir= instead"
                 )
 
 
