@@ -179,6 +179,10 @@ class Start:
             time.sleep(every)
         return True
 
+    def wait_to_say(self, words: str) -> bool:
+        """Until they are in its output; False if it ended before."""
+        return self.wait_for(lambda: words in self.output) or words in self.output
+
     def wait_until_all_ended(self, seconds: float) -> dict[int, dict[str, str]]:
         """The processes that are still there after as many seconds: none, it is hoped."""
         end = time.monotonic() + seconds
@@ -242,9 +246,13 @@ class Training:
         content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return content
 
-    def since(self, start: Start) -> list[Event]:
-        """Events of one start."""
-        return [event for event in events(self.directory) if event.pid == start.process.pid]
+    def since(self, start: Start, what: str = "") -> list[Event]:
+        """Events of one start, of one kind or of all."""
+        return [e for e in events(self.directory) if e.pid == start.process.pid and what in ("", e.what)]
+
+    def wait_for_progress(self, start: Start, share: float) -> bool:
+        """Until a share of all training batches has begun; False if the start ended before."""
+        return start.wait_for(lambda: self.progress() >= share)
 
     def phase(self, start: Start) -> str:
         """What it was doing last."""
