@@ -226,16 +226,28 @@ class SafeLoader(Loader):
         self._skipped = batches
 
     def batch_records(self, epoch: int, batch: int, rank: int | None = None) -> NDArray[np.int64]:
-        """Record numbers of a batch (from 0) of training epoch `epoch`; of this rank, or another."""
-        order = train_order(
-            self.samples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            epoch=epoch,
-            rank=self.rank if rank is None else rank,
-            world_size=self.world_size,
-        )
+        """Record numbers of a batch (from 0) of an epoch, in its order; of this rank, or another.
+
+        Raises:
+            ValueError: an epoch has no such batch.
+        """
+        self._require_batch(batch)
+        order = self._order(epoch, self.rank if rank is None else rank, self.world_size)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def global_batch_records(self, epoch: int, batch: int) -> NDArray[np.int64]:
+        """Record numbers of a batch of all ranks together: rank r has every world_size-th, beginning with the r-th.
+
+        Raises:
+            ValueError: an epoch has no such batch.
+        """
+        self._require_batch(batch)
+        images = self.batch_size * self.world_size
+        return self._order(epoch, 0, 1)[batch * images : (batch + 1) * images]
+
+    def _require_batch(self, batch: int) -> None:
+        if not 0 <= batch < len(self):
+            raise ValueError(f"there is no batch {batch}: this rank has {len(self)} of {self.fname} an epoch, from 0")
 
     def set_size(self, size: int) -> None:
         """Change the output size in pixels from the next iteration on. Nothing is compiled again."""
@@ -246,15 +258,20 @@ class SafeLoader(Loader):
 
     def next_traversal_order(self) -> NDArray[np.int64]:
         """Record numbers of this rank's next epoch."""
+        return self._order(self.next_epoch, self.rank, self.world_size)
+
+    def _order(self, epoch: int, rank: int, world_size: int) -> NDArray[np.int64]:
+        """Record numbers of an epoch; of all ranks with rank 0 of 1."""
         if not self.train:
-            return val_order(self.samples, rank=self.rank, world_size=self.world_size)
+            return val_order(self.samples, rank=rank, world_size=world_size)
+        images_per_step = self.batch_size * self.batches_per_step * self.world_size
         return train_order(
             self.samples,
-            batch_size=self.batch_size * self.batches_per_step,
+            batch_size=images_per_step // world_size,
             seed=self.seed,
-            epoch=self.next_epoch,
-            rank=self.rank,
-            world_size=self.world_size,
+            epoch=epoch,
+            rank=rank,
+            world_size=world_size,
         )
 
     def generate_code(self) -> None:
@@ -290,6 +307,8 @@ class SafeLoader(Loader):
         order = self.next_traversal_order()[self._skipped * self.batch_size :]
         self.next_epoch += 1
         self._skipped = 0
+        if not len(order):  # FFCV's page cache cannot have nothing to read
+            return
         # Tensors that are born in inference mode could not be written by the loader's thread.
         with torch.inference_mode(False), _current_device(self.device):
             iteration = self._live = _Iteration(self, order)
