@@ -10,7 +10,8 @@ validated, converted and saved, is one of
     Every rank normalises by its own share; the mean over the ranks of their running means, and of their running
     variances, counts. Each is then an average over every share instead of over rank 0's, of the same kind: a
     variance stays one within a share of a batch, which is what the network was trained with, and the variance
-    between the ranks' means is left out.
+    between the ranks' means is left out. Validating and saving put the mean in place on all ranks. As it is linear in
+    the batches, a run that saves at other steps has the same weights, and statistics that differ by rounding alone.
 ``sync``
     All ranks normalise by the whole batch (torch's SyncBatchNorm; GPUs only), and have the same statistics. One
     exchange per BatchNorm and direction.
