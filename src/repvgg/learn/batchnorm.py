@@ -4,8 +4,8 @@ Every rank trains on a share of the batch. What a BatchNorm normalises by, and w
 validated, converted and saved, is one of
 
 ``rank0``
-    Every rank normalises by its own share; the running statistics of rank 0 count. So does DistributedDataParallel,
-    and so did the paper's training, each GPU by its own 32 images.
+    Every rank normalises by its own share; the running statistics of rank 0 count: what
+    DistributedDataParallel does by itself.
 ``mean``
     Every rank normalises by its own share; the mean over the ranks of their running means, and of their running
     variances, counts. Each is then an average over every share instead of over rank 0's, of the same kind: a
