@@ -26,6 +26,7 @@ from repvgg.cli import (
 )
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.identity import Identity, claim, require_typed_id, run_name
+from repvgg.slurm import requeue_on_signal
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -159,6 +160,7 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     prepare_environment()
+    requeue_on_signal(sys.argv[1:])
     with clear_errors():
         require_typed_id(sys.argv[1:])
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt_path", "init_from"])

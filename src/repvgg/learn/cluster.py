@@ -1,18 +1,14 @@
-"""More than one process or machine: Slurm, torchrun, plain hosts; requeueing; and a connection that is lost."""
+"""More than one process or machine: Slurm, torchrun, plain hosts; and a connection that is lost."""
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import signal
 import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,20 +23,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repvgg.learn.interrupt import TRY_AGAIN, Interrupted
 from repvgg.learn.ranks import RANK_LOST
-
-log = logging.getLogger(__name__)
-
-#: How long Slurm may take to end a job that it has put back into its queue.
-WAIT_FOR_SLURM_S = 600.0
-_SCONTROL_TIMEOUT_S = 60.0
-
+from repvgg.slurm import requeue, under_slurm, wait_for_slurm
 
 # --- who started this process, and which rank it is ------------------------------------------------------------------
-
-
-def under_slurm() -> bool:
-    """Whether this process is part of a Slurm job that is not somebody's shell (job names bash and interactive)."""
-    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
 def cluster_environment(devices: int | str | list[int], num_nodes: int) -> ClusterEnvironment:
@@ -154,39 +139,6 @@ def strategy(given: Any, devices: int | str | list[int], num_nodes: int, timeout
     return given
 
 
-# --- back into the queue ---------------------------------------------------------------------------------------------
-
-
-def requeue() -> bool:
-    """Put this Slurm job back into the queue, of an array this task alone; call it on all ranks, when all is saved.
-
-    Returns:
-        whether Slurm is now about to end this process, and to begin the job again; False when this is not a Slurm job
-        or Slurm refused, which rank 0 logs.
-    """
-    if not under_slurm():
-        return False
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return True
-    job = slurm_job()
-    try:
-        done = subprocess.run(
-            ["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT_S
-        )
-        problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem is None:
-        log.info("Slurm begins job %s again and it goes on from its checkpoint", job)
-        return True
-    log.error(
-        "Slurm did not requeue job %s (%s). Nothing is lost: submit it again, and it goes on from its checkpoint",
-        job,
-        problem,
-    )
-    return False
-
-
 @contextmanager
 def requeueing() -> Iterator[None]:
     """After a signal that means "later again", a Slurm job goes back into the queue, and the block does not return."""
@@ -196,22 +148,6 @@ def requeueing() -> Iterator[None]:
         if stop.code == TRY_AGAIN and requeue():
             wait_for_slurm()
         raise
-
-
-def slurm_job() -> str:
-    """As scontrol knows this job. SLURM_JOB_ID of one task of an array can be the id of all of it."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
-
-
-def wait_for_slurm() -> NoReturn:
-    """After :func:`requeue`: wait to be ended, and end if nobody does.
-
-    A process that returned instead would tell submitit, or the batch script, that the job is done.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what ends it; submitit would ignore it until a SIGKILL follows
-    time.sleep(WAIT_FOR_SLURM_S)
-    os._exit(TRY_AGAIN)
 
 
 # --- a connection that is lost ---------------------------------------------------------------------------------------
