@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wandb
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repvgg import wandb_file
 from repvgg.learn.logging import RunLogger
@@ -148,6 +149,29 @@ def test_a_refusal_is_an_error_at_once(
     with pytest.raises(ValueError, match=rf"W&B: (?s:.*){message}(?s:.*)\. Or .* logger=wandb_offline"):
         logger(tmp_path).log_hyperparams({})
     assert time.monotonic() - begun < 20
+
+
+def test_other_ranks_have_no_run(wandb_server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    run = logger(tmp_path, id="mine")
+    run.log_hyperparams({"seed": 1})
+    run.log_table("layers", ["layer"], [["stage1"]])
+    run.finish({}, exit_code=1, preempted=True)
+    assert not wandb_server.calls
+    assert not list(tmp_path.rglob("*.wandb"))
+
+
+def test_the_parts_of_an_offline_run_are_named_together(
+    wandb_server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "repvgg")
+    for part in range(2):
+        run = RunLogger(mode="offline", project="repvgg", save_dir=str(tmp_path), id="mine")
+        run.log_hyperparams({})
+        run.finish({}, exit_code=0)
+        named = "wandb sync " + " ".join(str(file.parent) for file in find_offline_runs(tmp_path))
+        assert (named in caplog.text) == bool(part)
+        time.sleep(1.1)  # W&B names its directories by the second
 
 
 def test_no_key_is_an_error_at_once(wandb_server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

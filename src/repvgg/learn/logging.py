@@ -211,13 +211,17 @@ class RunLogger(WandbLogger):
         run.summary.update(dict(summary))
         if preempted:
             run.mark_preempting()
-        files = self._files() if self._asked_for == "online" else []
+        files = self._files()
         arrived = not run.offline
         try:
             wandb.finish(exit_code=exit_code)
         except TimeoutError:
             arrived = False
-        if not arrived:
+        wandb.teardown()  # waits for its helper process, which may write the end of the file only now
+        if self._asked_for == "offline":
+            if len(files) > 1:  # W&B names the last one
+                log.info("The starts of this run, for W&B: %s", _command(files))
+        elif not arrived:
             log.warning("W&B has not got all of this run. Once it answers, %s", _command(files))
 
 
