@@ -25,7 +25,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -255,6 +255,8 @@ def kill_9_in_a_write(lab: Lab) -> Iterator[Row]:
     """SIGKILL while a checkpoint is half written."""
     times = lab.times(10)
     tally, killed, missed, halves = Tally(lab.reference()), 0, 0, Counter[str]()
+    whole = (lab.reference().directory / "checkpoints" / "last.ckpt").stat().st_size
+    shares: list[float] = []
     while killed < times:
         run = lab.training("kill-9-checkpoint")
         checkpoints = run.directory / "checkpoints"
@@ -265,9 +267,9 @@ def kill_9_in_a_write(lab: Lab) -> Iterator[Row]:
                 for _ in range(lab.rng.randint(0, 2)):  # writes that are left in peace
                     if start.wait_for(partial(_half_written, checkpoints), every=0.001):
                         start.wait_for(partial(_all_whole, checkpoints), every=0.001)
-                if not start.wait_for(partial(_half_written, checkpoints), every=0.0005):
+                size = int(lab.rng.random() * whole)
+                if not start.wait_for(partial(_half_written, checkpoints, size), every=0.0005):
                     break
-                time.sleep(lab.rng.uniform(0, 0.01))
                 os.kill(start.process.pid, signal.SIGKILL)
                 start.wait()
                 left = _half_written(checkpoints)
@@ -276,21 +278,29 @@ def kill_9_in_a_write(lab: Lab) -> Iterator[Row]:
                 continue
             killed += 1
             halves[left[0].name.split(".")[1]] += 1
-            lab.say(f"kill {killed} of {times}: {left[0].name} has {left[0].stat().st_size:,} bytes")
+            shares.append(left[0].stat().st_size / whole)
+            lab.say(f"kill {killed} of {times}: {left[0].name} has {shares[-1]:.0%} of its bytes")
         run.finish()
         _require(not _half_written(checkpoints), f"half a checkpoint stays in {checkpoints}")
         tally.add(run)
     of = " and ".join(f"{count} of {name}.ckpt" for name, count in halves.most_common())
     notes = [
-        f"Half-written were {of}; a start deletes such a file. {missed} more kills came just after a write.",
+        f"Half-written were {of}, with {min(shares):.0%} to {max(shares):.0%} of their bytes (median "
+        f"{median(shares):.0%}); the next start deletes such a file. {missed} more kills came just after a write.",
         *tally.notes(),
     ]
-    injected = "SIGKILL when the half-written file is there, up to 10 ms later; counted if it is still there after"
+    injected = "SIGKILL when the temporary file has a random share of its bytes; counted if it is there afterwards"
     yield Row("kill -9 in the middle of a checkpoint's write", injected, times, tally.lost, [], tally.again, notes)
 
 
-def _half_written(checkpoints: Path) -> list[Path]:
-    return list(checkpoints.glob(".*.ckpt.*.tmp"))
+def _half_written(checkpoints: Path, size: int = 0) -> list[Path]:
+    """With at least as many bytes."""
+    found = []
+    for file in checkpoints.glob(".*.ckpt.*.tmp"):
+        with suppress(FileNotFoundError):  # renamed in between
+            if file.stat().st_size >= size:
+                found.append(file)
+    return found
 
 
 def _all_whole(checkpoints: Path) -> bool:

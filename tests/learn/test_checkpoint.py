@@ -150,6 +150,22 @@ def test_the_checkpoint_of_another_network_is_refused(digits: Path, tmp_path: Pa
         require_continuable(weights, CHOICES, module)
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_it_was_replaced_by(digits: Path, tmp_path: Path) -> None:
+    """A start goes on from previous.ckpt; killed after its first checkpoint, two good ones must be there."""
+    run = trainer(tmp_path, [Checkpoints(str(tmp_path), monitor="val/top1")], enable_checkpointing=True)
+    run.fit(classifier(), datamodule=datamodule(digits))
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    good = previous.read_bytes()
+    last.write_bytes(last.read_bytes()[:1000])
+    later = Checkpoints(str(tmp_path), monitor="val/top1")
+    later.save_last(run)
+    assert damage(last) is None
+    assert previous.read_bytes() == good
+    newest = last.read_bytes()
+    later.save_last(run)
+    assert previous.read_bytes() == newest
+
+
 def test_a_metric_that_is_not_logged_is_named(digits: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, [Checkpoints(str(tmp_path), monitor="val/top9")], enable_checkpointing=True)
     with pytest.raises(ValueError, match=r"monitor=val/top9 is not logged; choose from val/loss, val/top1"):

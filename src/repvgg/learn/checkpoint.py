@@ -166,6 +166,7 @@ class Checkpoints(Checkpoint):
         self._restored: dict[str, Any] | None = None
         self._resumed_epoch: int | None = None
         self._position = ""
+        self._wrote_last = False
 
     # --- what Lightning and the test of the best ask for ---
 
@@ -247,9 +248,11 @@ class Checkpoints(Checkpoint):
             logger.save()  # a row that is logged before a checkpoint is not logged again after it
         written = self._save(trainer, following, position)
         if written and trainer.is_global_zero:
-            if last.exists():
+            # A start that found last.ckpt damaged went on from previous.ckpt, which must not be lost for it.
+            if last.exists() and (self._wrote_last or damage(last) is None):
                 last.replace(previous)
             following.replace(last)
+            self._wrote_last = True
         return written
 
     def _save(self, trainer: pl.Trainer, path: Path, position: str) -> bool:
