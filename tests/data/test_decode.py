@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from repvgg.data.decode import JOB, _decode
+from repvgg.data.jobs import JOB, _decode
 
 KINDS: dict[str, dict[str, Any]] = {
     "4:2:0": {"subsampling": 2},

@@ -77,7 +77,12 @@ def test_an_interrupted_writing_continues(
     assert begun.read_bytes() == whole
     assert verify_beton(begun, decode=True).path == begun, "the manifest's hash, too"
     assert manifest.samples == 101
-    assert sorted(entry.name for entry in begun.parent.iterdir()) == [".x.beton.lock", "x.beton", "x.beton.json"]
+    assert sorted(entry.name for entry in begun.parent.iterdir()) == [
+        ".x.beton.checked",
+        ".x.beton.lock",
+        "x.beton",
+        "x.beton.json",
+    ]
 
 
 def cut_line(path: Path) -> None:

@@ -5,7 +5,10 @@ of the JPEG decoder (a broken record yields a black image or an old one), decode
 full-size image buffer per batch slot, and are compiled anew in every process. Here
 
 - boxes come from `transforms` with the hashed numbers of `draws`: a function of seed, epoch and image;
-- a record that does not decode is an error which names it;
+- a record that does not decode is an error which names it, and so is one of which libjpeg merely warns, where it
+  would paint gray what it cannot read (the writer has stored such an image of the source anew, so that it is whole);
+- a file that is shortened while it is read is an error too. Between the look at its size and the reading of a mapped
+  page lies little time, but some: then the kernel ends the process with SIGBUS;
 - one compiled extension (`_decode.c`) serves all transforms and sizes; it decodes what a crop needs, and a thread
   holds one decoded crop at a time.
 
@@ -13,47 +16,22 @@ Threads are Python's: the extension releases the interpreter lock, and a plain t
 numba's parallel layers (which abort when two loaders run at once, or after a fork).
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace as replaced
+from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from repvgg.data.draws import Draws
 from repvgg.data.ffcv_setup import AllocationQuery, IntDecoder, SimpleRGBImageDecoder, State
+from repvgg.data.jobs import JOB, run_jobs
 from repvgg.data.transforms import Transform
 from repvgg.data.verify import JPG, corrupt
-
-try:
-    from repvgg.data import _decode
-except ImportError as error:
-    raise ImportError(
-        "repvgg.data._decode is not compiled (or for another Python): make setup, or pip install --editable ."
-    ) from error
-
-JOB = np.dtype(
-    [
-        ("address", np.uint64),  # of the record's bytes in memory
-        ("bytes", np.uint64),
-        ("jpg", np.int64),  # else raw pixels
-        ("height", np.int64),  # of the stored image
-        ("width", np.int64),
-        ("window_top", np.int64),  # the pixels that the resize may look at
-        ("window_left", np.int64),
-        ("window_bottom", np.int64),
-        ("window_right", np.int64),
-        ("top", np.float64),  # the box, see transforms.Boxes
-        ("left", np.float64),
-        ("box_height", np.float64),
-        ("box_width", np.float64),
-        ("mirrored", np.int64),
-    ]
-)
-"""All that the extension needs to know about one image of a batch; `Job` of `_decode.c`."""
-
-PROBLEMS = {1: "does not decode", 2: "holds a JPEG of another size than it announces", 3: "found no memory to decode"}
 
 
 class FusedDecoder(SimpleRGBImageDecoder):
@@ -62,7 +40,7 @@ class FusedDecoder(SimpleRGBImageDecoder):
     `epoch` and `transform` are read at every batch, so either may change between epochs without compiling anything.
     """
 
-    def __init__(self, transform: Transform, *, path: object, seed: int, num_threads: int) -> None:
+    def __init__(self, transform: Transform, *, path: str | Path, seed: int, num_threads: int) -> None:
         super().__init__()
         self.transform = transform
         self.path = path
@@ -70,6 +48,10 @@ class FusedDecoder(SimpleRGBImageDecoder):
         self.epoch = 0
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        # The file that is mapped, whatever another process puts in its place.
+        self._descriptor = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self._descriptor)
+        self._bytes = os.fstat(self._descriptor).st_size
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """Called by FFCV at construction and before every epoch."""
@@ -89,6 +71,7 @@ class FusedDecoder(SimpleRGBImageDecoder):
             storage_state: tuple[NDArray[Any], ...],
         ) -> NDArray[np.uint8]:
             out = destination[: len(batch_indices)]
+            self._require_whole_file()
             jobs = self._jobs(batch_indices, metadata[batch_indices], storage_state)
             self._run(jobs, out, batch_indices)
             return out
@@ -116,19 +99,18 @@ class FusedDecoder(SimpleRGBImageDecoder):
             jobs["window_bottom"], jobs["window_right"] = heights, widths
         return jobs
 
+    def _require_whole_file(self) -> None:
+        """Also without a mapping: FFCV's page cache takes what an earlier page held for what it cannot read."""
+        size = os.fstat(self._descriptor).st_size
+        if size < self._bytes:
+            raise corrupt(self.path, f"was shortened from {self._bytes:,} to {size:,} bytes while it was read")
+
     def _run(self, jobs: NDArray[Any], out: NDArray[np.uint8], ids: NDArray[np.integer]) -> None:
-        """Threads take image after image. Raise if any did not decode."""
-        status = np.empty(len(jobs), dtype=np.int32)
-        cursor = np.zeros(1, dtype=np.int64)
-        running = [
-            self._pool.submit(_decode.decode, jobs, cursor, out, status, out.shape[1])
-            for _ in range(min(self._num_threads, len(jobs)))
-        ]
-        for future in running:
-            future.result()
-        if status.any():
-            first = int(np.argmax(status != 0))
-            raise corrupt(str(self.path), f"record {int(ids[first])} {PROBLEMS[int(status[first])]}")
+        """Raise if any did not decode."""
+        failure = run_jobs(jobs, out, self._pool, self._num_threads)
+        if failure is not None:
+            at, problem = failure
+            raise corrupt(self.path, f"record {int(ids[at])} {problem}")
 
 
 def _locate(pointers: NDArray[np.uint64], storage_state: tuple[NDArray[Any], ...]) -> tuple[Any, Any]:

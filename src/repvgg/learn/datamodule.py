@@ -13,6 +13,7 @@ import torch
 
 from repvgg.data.loader import Batch, SafeLoader, make_loader
 from repvgg.data.manifest import number_of_classes
+from repvgg.data.verify import Check, check_beton, require_check
 from repvgg.learn.augment import RandAugment, batch_generator, mixup
 
 
@@ -34,13 +35,14 @@ class ImageDataModule(pl.LightningDataModule):
         num_threads: of the loader, per rank; None shares the allowed cores among the ranks of a machine.
         batches_ahead: batches decoded in advance.
         os_cache: keep the file in the page cache (more than the file's size of memory), or read it as it goes.
+        check: how much of the files is decoded before the training: "sample", "full" or "tables".
 
     Batches:
         images N × 3 × H × W in the network's dtype, normalised; labels N, int64, or with mixup, while training, shares
         N × num_classes.
 
     Raises:
-        ValueError: a negative ``mixup``.
+        ValueError: a negative ``mixup``, an unknown ``check``.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class ImageDataModule(pl.LightningDataModule):
         os_cache: bool = True,
         rand_augment: RandAugment | None = None,
         mixup: float = 0.0,
+        check: Check = "sample",
     ) -> None:
         super().__init__()
+        require_check(check)
         if mixup < 0:
             raise ValueError(f"recipe.mixup={mixup} is the α of a Beta distribution: positive, or 0 for no mixup")
         self.files = {"train": Path(train_file), "val": Path(val_file)}
@@ -77,12 +81,24 @@ class ImageDataModule(pl.LightningDataModule):
         self.loader_options: dict[str, Any] = {"ops": ops, "batches_ahead": batches_ahead, "os_cache": os_cache}
         self.num_threads = num_threads
         self.rand_augment, self.mixup = rand_augment, mixup
+        self.check: Check = check
+        self._checked: set[Path] = set()
         self._loaders: dict[str, SafeLoader] = {}
 
     def prepare_data(self) -> None:
-        """Write what is made at run time; Lightning calls this on one rank per machine and lets the others wait."""
+        """Write what is made at run time, and look for damage before anything is trained.
+
+        Lightning calls this on one rank per machine and lets the others wait, as long as it takes.
+
+        Raises:
+            CorruptDatasetError: with file and record.
+        """
         if self.prepare is not None:
             self.prepare()
+        for path in dict.fromkeys(self.files.values()):
+            if path not in self._checked:  # Lightning prepares the test again
+                check_beton(path, self.check, show_progress=True)
+                self._checked.add(path)
 
     def setup(self, stage: str) -> None:
         """Compare the files' classes with the network's before anything is trained."""
