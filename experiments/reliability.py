@@ -513,10 +513,10 @@ def disk_full(lab: Lab) -> Iterator[Row]:
                 code = start.wait()
             _require(code == 0, f"the run ended with exit code {code}:\n{start.output}")
             tally.add(run)
+            warning = re.search(r"WARNING the checkpoint \S+/(\S+ was not written.*)", start.output)
             lab.say(f"{number + 1} of {times}: warned {detected[-1]:.1f} s after the disk was full")
         finally:
             subprocess.run(["umount", place], check=True)
-    warning = re.search(r"WARNING the checkpoint \S+/(\S+ was not written.*)", start.output)
     notes = [
         f"The run went on to its end; last.ckpt was whole at {kept} of {2 * times} looks while the disk was full.",
         *([f"Warned: “the checkpoint {warning[1]}”"] if warning else []),
@@ -898,8 +898,8 @@ PAGE = """# What a run loses, measured
 `python experiments/reliability.py --output experiments/reliability.md`
 
 Each fault is done to real `python src/train.py` processes: {epochs} epochs of {batches} batches of a narrow RepVGG-A0
-on the embedded digits, with EMA, mixup and RandAugment, logging every step, and a checkpoint every 1.2 s beside those at
-validations. Then the same command is given again until the run is finished. *Nothing lost* means that the run is equal
+on the embedded digits, with EMA, mixup and RandAugment, logging every step, and a checkpoint every 1.2 s beside those
+at validations. Then the same command is given again until the run is finished. *Nothing lost* means that the run is equal
 to one that was not disturbed, bit for bit: weights, momenta, averaged weights, random numbers, schedule and metrics in
 `last.ckpt`, all of `best.ckpt`, the metrics of `result.json`, `health.csv`, and every one of the {values} values that
 were logged at a step, each there once after merging the files of all starts. Measured times (`bench/*`, `perf/*`,
