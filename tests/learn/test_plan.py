@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from repvgg.cli import ROOT, options
@@ -182,15 +184,21 @@ def allocations(run: Callable[[], object]) -> list[int]:
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
-def real_peak(size: tuple[int, int, int, int], autocast: torch.dtype | None) -> int:
-    """Of two real steps in channels_last, with all that is there from the network's making on."""
+def real_peak(
+    size: tuple[int, int, int, int],
+    autocast: torch.dtype | None = None,
+    make: Callable[[], nn.Module] = network,
+    wrap: Callable[[nn.Module], nn.Module] = lambda net: net,
+) -> int:
+    """Of three real steps in channels_last, with all that is there from the network's making on."""
 
     def train() -> None:
-        net = network().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        net = make().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         optimizer, loss = sgd(net), classification_loss(10)
+        net = wrap(net)
         images = torch.rand(size).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(size[0], dtype=torch.int64)
-        for _ in range(2):
+        for _ in range(3):
             with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
                 value = loss(net, images, labels)
             optimizer.zero_grad()
@@ -213,6 +221,28 @@ def test_the_peak_is_that_of_a_real_step(
     """Within 8 %: what kernels allocate for themselves (a transposed kernel's gradient) is not seen from outside."""
     planned = step_memory(network, sgd, classification_loss(10), size, precision=precision, on_gpu=False)
     assert real_peak(size, autocast) == pytest.approx(planned.peak, rel=0.08)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.usefixtures("one_thread", "one_rank")
+def test_the_buckets_of_ddp_are_copies_of_the_gradients_or_the_gradients(views: bool) -> None:
+    """But for copies of one kernel's gradient, made by the backward itself; all gradients are seven times as large."""
+
+    def make() -> RepVGG:
+        return RepVGG((2, 2, 6, 1), 0.5, 0.25, ABLATIONS["full"], num_classes=10)
+
+    size, largest = (32, 3, 64, 64), 4 * max(p.numel() for p in make().parameters())
+    planned = step_memory(make, sgd, classification_loss(10), size, keeps_gradients=views, on_gpu=False)
+    assert planned.gradients > 7 * largest
+    wrapped = real_peak(size, make=make, wrap=lambda net: DistributedDataParallel(net, gradient_as_bucket_view=views))
+    assert wrapped == pytest.approx(planned.peak + (0 if views else planned.gradients), abs=2.5 * largest)
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
