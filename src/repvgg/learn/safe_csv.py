@@ -29,7 +29,7 @@ class Writer(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
         self._path = Path(self.metrics_file_path)
-        #: Bytes of whole rows: what lies behind them is half a row, which a full disk left.
+        #: Bytes of whole rows. What a full disk left behind them is written over: it is the beginning of the same rows.
         self._size = 0
         self._failing = False
 
@@ -56,7 +56,6 @@ class Writer(ExperimentWriter):
         columns = sorted({*self.metrics_keys, *(name for row in self.metrics for name in row)})
         if self._size and columns == self.metrics_keys:
             with self._path.open("r+b") as file:
-                file.truncate(self._size)
                 file.seek(self._size)
                 file.write(_lines(columns, self.metrics))
                 file.flush()
