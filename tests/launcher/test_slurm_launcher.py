@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from support.commands import wait_until
 
 ROOT = Path(__file__).parents[2]
 SWEEP = [sys.executable, "src/train.py", "-m", "hydra/launcher=submitit_slurm", "data=digits"]
@@ -83,6 +87,30 @@ def test_what_slurm_cannot_know_is_an_error(arguments: list[str], message: str, 
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not asked(commands)
+
+
+def test_ctrl_c_ends_the_waiting_and_says_how_to_end_the_jobs(tmp_path: Path, commands: Path) -> None:
+    (commands / "squeue").write_text("#!/bin/sh\necho 100_0; echo 100_1\n")
+    waiting = subprocess.Popen(
+        [*SWEEP, "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{commands}:/usr/bin:/bin"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_until(lambda: asked(commands), "the jobs to be submitted", 60)
+        time.sleep(1)  # from here on it waits
+        waiting.send_signal(signal.SIGINT)
+        said, _ = waiting.communicate(timeout=30)
+    finally:
+        waiting.kill()
+        waiting.wait()
+    assert waiting.returncode == 130
+    assert "the jobs go on. To end them: scancel 100" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

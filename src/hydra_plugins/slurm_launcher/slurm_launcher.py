@@ -168,6 +168,9 @@ class SlurmLauncher(Launcher):
         except KeyboardInterrupt:
             log.error(f"waiting no more; the jobs go on. To end them: scancel {' '.join(_arrays(jobs))}")
             raise SystemExit(130) from None
+        deadline = time.monotonic() + FILE_SYSTEM_S
+        while not all(_result_file(job).exists() for job in jobs) and time.monotonic() < deadline:
+            time.sleep(0.5)
         for i, job in enumerate(jobs):
             result, problem = _result(job)
             returns.append(result or JobReturn(overrides=list(overrides[i])))
@@ -227,9 +230,6 @@ def _result_file(job: Any) -> Path:
 def _result(job: Any) -> tuple[JobReturn | None, str | None]:
     """What a job that is over has returned, and what went wrong if anything did."""
     file = _result_file(job)
-    deadline = time.monotonic() + FILE_SYSTEM_S
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
     if not file.exists():
         return None, "it ended without a result"
     with file.open("rb") as content:
