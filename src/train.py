@@ -3,6 +3,7 @@
 The same command again goes on where the last one stopped, or says what came of it.
 """
 
+import faulthandler
 import logging
 import sys
 from pathlib import Path
@@ -159,6 +160,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # last words where a mapped data file cannot be read (SIGBUS) or an extension fails
     prepare_environment()
     requeue_on_signal(sys.argv[1:])
     with clear_errors():
