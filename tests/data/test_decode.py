@@ -170,3 +170,26 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
             _decode.decode(*wrong)
     with pytest.raises(TypeError, match="bytes-like"):
         _decode.decode(jobs, cursor, np.zeros((1, 8, 8, 6), dtype=np.uint8)[..., ::2], status, 8)
+
+
+@settings(max_examples=400)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    at=st.floats(0, 1),
+    length=st.integers(0, 300),
+    flipped=st.integers(0, 255),
+    cut=st.booleans(),
+)
+def test_the_last_pixel_complains_of_what_the_whole_image_does(
+    kind: str, at: float, length: int, flipped: int, cut: bool
+) -> None:
+    """What a check before a training decodes: whatever is damaged, it is the same to it."""
+    content = stored(kind)[0].copy()
+    first = int(at * (content.size - 1))
+    content[first : first + length] = 0
+    content[first] ^= flipped
+    content = content[: first + 1] if cut else content
+    _, whole = decode(job(content, **box(0, 0, HEIGHT, WIDTH)), 1)
+    _, corner = decode(job(content, **box(HEIGHT - 1, WIDTH - 1, 1, 1)), 1)
+    assert whole[0] == corner[0]
+    assert not cut or whole[0] != 0 or first >= content.size - 2

@@ -7,8 +7,9 @@ full-size image buffer per batch slot, and are compiled anew in every process. H
 - boxes come from `transforms` with the hashed numbers of `draws`: a function of seed, epoch and image;
 - a record that does not decode is an error which names it, and so is one of which libjpeg merely warns, where it
   would paint gray what it cannot read (the writer has stored such an image of the source anew, so that it is whole);
-- a file that is shortened while it is read is an error too. Between the look at its size and the reading of a mapped
-  page lies little time, but some: then the kernel ends the process with SIGBUS;
+- a file that is shortened while it is read is an error at the next batch. In the midst of one, a mapped page that is
+  no longer there, or that a disk fails to read, ends the process with SIGBUS ("Fatal Python error: Bus error"); the
+  same command then says what is wrong with the file, if it is too short;
 - one compiled extension (`_decode.c`) serves all transforms and sizes; it decodes what a crop needs, and a thread
   holds one decoded crop at a time.
 
