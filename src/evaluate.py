@@ -85,6 +85,7 @@ def main(cfg: DictConfig) -> float | None:
 
         from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.evaluate import PREFIX, Evaluation, counted, evaluate, forms_of
+        from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import RunLogger, quiet_lightning
         from repvgg.learn.run import environment
         from repvgg.model import load_weights, read_weights, to_deploy
@@ -122,7 +123,7 @@ def main(cfg: DictConfig) -> float | None:
             logger.log_hyperparams(config)
 
     objective = f"{PREFIX[list(forms)[-1]]}/top1"
-    with recorded(trainer, config, metrics, directory=cfg.output_dir, objective=objective):
+    with Signals(), recorded(trainer, config, metrics, directory=cfg.output_dir, objective=objective):
         scores, classes = evaluate(trainer, module, datamodule)
         metrics |= scores
         if trainer.is_global_zero:

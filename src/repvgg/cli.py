@@ -100,13 +100,14 @@ def recorded(
     finally:
         if status != "finished":
             metrics |= last_metrics(trainer)
+        try:
+            if trainer.is_global_zero:
+                value = metrics.get(objective)
+                write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
+        finally:  # after the record, since W&B may have to be waited for; without one too, where the disk is full
+            close_loggers(trainer, metrics, exit_code, preempted=exit_code not in (0, 1, 130))
         if trainer.is_global_zero:
-            value = metrics.get(objective)
-            write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
-        # After the record: W&B may have to be waited for.
-        close_loggers(trainer, metrics, exit_code)
-        if trainer.is_global_zero:
-            said = f"{status} ({error})" if status == "interrupted" else status
+            said = f"{status} by {error}" if status == "interrupted" else status
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 
 

@@ -46,7 +46,7 @@ class Interrupted(SystemExit):
     @property
     def reason(self) -> str:
         """For people."""
-        return f"{self.signum.name}; the same command goes on{'' if self.saved else ' from its last checkpoint'}"
+        return f"{self.signum.name}{'; saved, the same command goes on' if self.saved else ''}"
 
 
 class Signals:

@@ -137,8 +137,10 @@ def conclusion(name: str, status: str, metrics: Mapping[str, float], directory: 
     return f"{name} {', '.join(parts)}. Everything is in {directory}"
 
 
-def close_loggers(trainer: pl.Trainer, summary: Mapping[str, float], exit_code: int) -> None:
-    """Give every W&B run its summary and end it; other loggers need nothing."""
+def close_loggers(
+    trainer: pl.Trainer, summary: Mapping[str, float], exit_code: int, *, preempted: bool = False
+) -> None:
+    """Give every W&B run its summary and end it; other loggers need nothing. ``preempted``: the run will go on."""
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger) and trainer.is_global_zero:
-            logger.finish(summary, exit_code)
+            logger.finish(summary, exit_code, preempted=preempted)
