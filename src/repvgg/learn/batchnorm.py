@@ -62,7 +62,7 @@ def ddp_options(batchnorm: str) -> dict[str, Any]:
         ValueError: an unknown choice.
     """
     check_batchnorm(batchnorm)
-    return {"broadcast_buffers": False}
+    return {"forward_sync_buffers": False}
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ def quiet_lightning() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Where Slurm is installed, of every training that it did not start.
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
+    # What is logged is summed over the ranks before; Lightning's own mean is wrong where they have unequal shares.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # After a resume it holds checkpoints, which are replaced atomically.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
