@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 #: How long Slurm may take to end a job that it has put back into its queue.
 WAIT_FOR_SLURM_S = 600.0
 _SCONTROL_TIMEOUT_S = 60.0
-#: "Temporary failure, try again" of sysexits.h.
+#: "Temporary failure, try again" of sysexits.h: the same command goes on where this one stopped.
 TRY_AGAIN = 75
 LATER_AGAIN = (signal.SIGUSR1, signal.SIGUSR2)
 

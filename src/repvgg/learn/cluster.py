@@ -21,9 +21,9 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repvgg.learn.interrupt import TRY_AGAIN, Interrupted
+from repvgg.learn.interrupt import Interrupted
 from repvgg.learn.ranks import RANK_LOST
-from repvgg.slurm import requeue, under_slurm, wait_for_slurm
+from repvgg.slurm import TRY_AGAIN, requeue, under_slurm, wait_for_slurm
 
 # --- who started this process, and which rank it is ------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import time
@@ -17,11 +16,8 @@ import torch
 import torch.distributed as dist
 
 from repvgg.learn.checkpoint import Checkpoints
+from repvgg.slurm import TRY_AGAIN
 
-log = logging.getLogger(__name__)
-
-#: "Temporary failure, try again" of sysexits.h: the same command goes on where this one stopped.
-TRY_AGAIN = 75
 EXIT_CODES = {
     signal.SIGTERM: 128 + signal.SIGTERM,
     signal.SIGINT: 128 + signal.SIGINT,
