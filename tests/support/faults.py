@@ -120,6 +120,8 @@ class Start:
         # One thread: the sums of two are the same, but take longer where the machine has other things to do.
         base = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
         self.began = time.time()
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; it would be inherited
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
