@@ -56,7 +56,14 @@ from support.faults import (  # noqa: E402
 KILLS_OF_A_RUN = 5
 #: Longer than any process may stay after the last of those that matter has gone, s.
 ORPHAN_S = 60.0
-PHASES = ("start-up", "training", "validation", "checkpoint", "test", "end")
+PHASES = {
+    "start-up": "in start-up",
+    "training": "in training",
+    "validation": "in validation",
+    "checkpoint": "while a checkpoint was made",
+    "test": "in the test of the best",
+    "end": "after it",
+}
 
 
 @dataclass
@@ -163,7 +170,10 @@ class Tally:
         """On batches that were trained twice, and on W&B's own files."""
         steps = f"{self.repeated} batches were trained again, of {self.runs * EPOCHS * BATCHES} in {self.runs} runs."
         values = self.runs * len(wandb_rows(self.reference.directory))
-        lost = f"W&B's offline files lack {self.wandb_lost} of {values} values, metrics.csv none."
+        lost = (
+            f"W&B's offline files lack {self.wandb_lost} of {values} values, which its helper process still had in "
+            "memory when it was killed too; metrics.csv has them all."
+        )
         kept = f"W&B's offline files have all {values} values, each once by its step."
         return [steps, lost if self.wandb_lost else kept]
 
@@ -231,7 +241,7 @@ def _kill_9(lab: Lab, devices: int, times: int) -> Row:
         if killed > before:
             run.finish()
             tally.add(run)
-    hit = ", ".join(f"{phases[phase]} in {phase}" for phase in PHASES if phases[phase])
+    hit = ", ".join(f"{phases[phase]} {where}" for phase, where in PHASES.items() if phases[phase])
     notes = [f"Where it hit: {hit}.", *tally.notes()]
     if orphans:
         notes.append(
@@ -916,9 +926,9 @@ values that were logged at a step, each there once after merging the files of al
 
 {machine}. Seed {seed}. Commits: {commits}.
 
-Seconds are medians, with the largest in brackets, and hold for this machine alone, whose load average
-was {load}. *Detected* is from the fault to
-what the notes say; *trains again* is from typing the command to the first batch, imports included.
+Seconds are medians, with the largest in brackets, and hold for this machine alone, whose load average was {load}: other
+work ran beside. *Detected* is from the fault to what the notes say; *trains again* is from typing the command to the
+first batch, imports included.
 
 {table}
 
