@@ -90,7 +90,7 @@ def test_csv_files_of_any_starts_read_as_one_history(
     last = directory / "metrics.csv"
     if last.exists() and torn:
         lines = last.read_bytes().splitlines(keepends=True)
-        last.write_bytes(b"".join(lines[:-1]) + lines[-1][: min(torn, len(lines[-1]) - 1)])
+        last.write_bytes(b"".join(lines[:-1]) + lines[-1][: min(torn, len(lines[-1].rstrip()))])
         starts[-1].pop()
     assert history(only(directory)) == last_write_wins(starts)
 

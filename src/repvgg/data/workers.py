@@ -79,10 +79,20 @@ def encode_all(
         raise _died(context) from None
     finally:
         if not finished:  # their work is not wanted any more, and one of them may be stuck
-            for process in context.started:
-                process.kill()
+            _kill(context.started, pool)
         pool.shutdown(cancel_futures=True)
         job.close()
+
+
+def _kill(workers: Sequence[SpawnProcess], pool: ProcessPoolExecutor) -> None:
+    begun = [process for process in workers if process.pid is not None]
+    for process in begun:
+        process.kill()
+    for process in begun:
+        process.join()
+    # One may have died while it sent: the pool's thread waits for the rest of its message, and for the end of the
+    # pipe, whose other end this process itself holds too.
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
 
 
 def _result(future: Future[Outcomes], context: _Context) -> Outcomes:
