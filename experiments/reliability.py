@@ -272,19 +272,19 @@ def kill_9_in_a_write(lab: Lab) -> Iterator[Row]:
     while killed < times:
         run = lab.training("kill-9-checkpoint")
         checkpoints = run.directory / "checkpoints"
-        for _ in range(2 * KILLS_OF_A_RUN):
+        for _ in range(KILLS_OF_A_RUN):
             if killed == times:
                 break
             with run.started() as start:
-                for _ in range(lab.rng.randint(0, 2)):  # writes that are left in peace
-                    if start.wait_for(partial(_half_written, checkpoints), every=0.001):
-                        start.wait_for(partial(_all_whole, checkpoints), every=0.001)
-                size = int(lab.rng.random() * whole)
-                if not start.wait_for(partial(_half_written, checkpoints, size), every=0.0005):
+                # Not always the first write, which may be that of the very place where the start went on.
+                if not start.wait_for(partial(_trained, run, start, lab.rng.randint(1, BATCHES))):
+                    break
+                written = partial(_half_written, checkpoints, start.process.pid, int(lab.rng.random() * whole))
+                if not start.wait_for(written, every=0.0005):
                     break
                 os.kill(start.process.pid, signal.SIGKILL)
                 start.wait()
-                left = _half_written(checkpoints)
+                left = _half_written(checkpoints, start.process.pid)
             if not left:
                 missed += 1  # renamed just before
                 continue
@@ -305,18 +305,18 @@ def kill_9_in_a_write(lab: Lab) -> Iterator[Row]:
     yield Row("kill -9 in the middle of a checkpoint's write", injected, times, tally.lost, [], tally.again, notes)
 
 
-def _half_written(checkpoints: Path, size: int = 0) -> list[Path]:
-    """With at least as many bytes."""
+def _trained(run: Training, start: Start, batches: int) -> bool:
+    return len(run.since(start, "training")) >= batches
+
+
+def _half_written(checkpoints: Path, process: int | str = "*", size: int = 0) -> list[Path]:
+    """By one process, or by any that ever was, and with at least as many bytes."""
     found = []
-    for file in checkpoints.glob(".*.ckpt.*.tmp"):
+    for file in checkpoints.glob(f".*.ckpt.{process}.tmp"):
         with suppress(FileNotFoundError):  # renamed in between
             if file.stat().st_size >= size:
                 found.append(file)
     return found
-
-
-def _all_whole(checkpoints: Path) -> bool:
-    return not _half_written(checkpoints)
 
 
 @fault("torn-checkpoint")
@@ -663,8 +663,10 @@ def _poisoned(lab: Lab, devices: int, rank: int, value: str) -> Row:
         "The same command without the cause goes on from the last good checkpoint.",
         *tally.notes(),
     ]
-    what = f"loss {'NaN' if value == 'nan' else 'Inf'}" + (f", on rank {rank} of 2" if devices > 1 else "")
-    injected = f"images of a random step are {'NaN' if value == 'nan' else 'Inf'}"
+    what = ("loss NaN" if value == "nan" else "loss NaN, of infinite images") + (
+        f", on rank {rank} of 2" if devices > 1 else ""
+    )
+    injected = f"images of a random step are {'NaN' if value == 'nan' else 'infinite'}"
     return Row(what, injected, times, tally.lost, detected, tally.again, [note for note in notes if note])
 
 

@@ -111,9 +111,7 @@ def require_typed_id(arguments: Sequence[str]) -> None:
         if argument.startswith("run.id=") and argument not in ("run.id=", "run.id=null"):
             require_id(argument.partition("=")[2])
             if {"-m", "--multirun"} & set(arguments):
-                raise ValueError(
-                    f"{argument} names one run, and -m starts several: name hydra.sweep.dir= instead"
-                )
+                raise ValueError(f"{argument} names one run, and -m starts several: name hydra.sweep.dir= instead")
 
 
 def require_id(name: str) -> str:

@@ -122,7 +122,9 @@ def fit(
         devices=devices,
         accumulate_grad_batches=accumulate,
         enable_checkpointing=checkpoints,
-        strategy=DDPStrategy(**{**ddp_options(batchnorm), "forward_sync_buffers": broadcast}) if devices > 1 else "auto",
+        strategy=DDPStrategy(**{**ddp_options(batchnorm), "forward_sync_buffers": broadcast})
+        if devices > 1
+        else "auto",
         precision="64-true" if double else "32-true",
         **{"limit_train_batches": None, "max_epochs": EPOCHS, **options},
     )
