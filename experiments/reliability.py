@@ -171,8 +171,8 @@ class Tally:
         steps = f"{self.repeated} batches were trained again, of {self.runs * EPOCHS * BATCHES} in {self.runs} runs."
         values = self.runs * len(wandb_rows(self.reference.directory))
         lost = (
-            f"W&B's offline files lack {self.wandb_lost} of {values} values, which its helper process still had in "
-            "memory when it was killed too; metrics.csv has them all."
+            f"W&B's offline files lack {self.wandb_lost} of {values} values: its helper process, which writes them once "
+            "a second, was killed too. metrics.csv has them all."
         )
         kept = f"W&B's offline files have all {values} values, each once by its step."
         return [steps, lost if self.wandb_lost else kept]
@@ -928,8 +928,8 @@ values that were logged at a step, each there once after merging the files of al
 
 {machine}. Seed {seed}. Commits: {commits}.
 
-Seconds are medians, with the largest in brackets, and hold for this machine alone, whose load average was {load}: other
-work ran beside. *Detected* is from the fault to what the notes say; *trains again* is from typing the command to the
+Seconds are medians, with the largest in brackets, and hold for this machine alone, whose load average was {load}
+(these processes, and whatever else it had to do). *Detected* is from the fault to what the notes say; *trains again* is from typing the command to the
 first batch, imports included.
 
 {table}
