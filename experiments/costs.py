@@ -7,6 +7,7 @@ round, so that a machine that slows down is unfair to none.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import subprocess
@@ -26,8 +27,11 @@ import torch  # noqa: E402
 
 from repvgg.data.transforms import CenterCrop, PadCrop  # noqa: E402
 from repvgg.data.write import ensure_digits  # noqa: E402
+from repvgg.learn.checkpoint import AtomicCheckpointIO, damage  # noqa: E402
 from repvgg.learn.datamodule import ImageDataModule  # noqa: E402
 from repvgg.learn.devices import device_name  # noqa: E402
+from repvgg.learn.guard import LossGuard  # noqa: E402
+from repvgg.learn.interrupt import Interruption  # noqa: E402
 from repvgg.learn.logging import quiet_lightning  # noqa: E402
 from repvgg.learn.module import Classifier  # noqa: E402
 from repvgg.learn.throughput import Throughput  # noqa: E402
@@ -76,6 +80,27 @@ def validation(callbacks: list[pl.Callback]) -> Callable[[], object]:
     return lambda: trainer.validate(module, datamodule=data, verbose=False)
 
 
+def epoch(callbacks: Callable[[], list[pl.Callback]]) -> Callable[[], object]:
+    """22 training steps of RepVGG-A0 on the digits, from the beginning each time."""
+
+    def train() -> None:
+        sgd = partial(torch.optim.SGD, momentum=0.9)
+        net = RepVGG(A, 0.75, 2.5, FULL, num_classes=10)
+        module = Classifier(net, num_classes=10, optimizer=sgd, lr=0.1, lr_batch=64, batch_size=64)
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        options |= {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 1}
+        trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks(), use_distributed_sampler=False, **options)
+        trainer.fit(module, datamodule=datamodule())
+
+    return train
+
+
+def a_checkpoint(net: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights and momenta, as after training with SGD."""
+    weights = net.state_dict()
+    return {"state_dict": weights, "momenta": {name: torch.randn_like(p) for name, p in net.named_parameters()}}
+
+
 def main() -> None:
     """Measure everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -89,14 +114,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         digits = ["data=digits", "model=repvgg_a0", "trainer=cpu", "recipe=quick", "logger=csv"]
         one_step = [f"trainer.{limit}=1" for limit in ("max_epochs", "limit_train_batches", "limit_val_batches")]
-        digits += [*one_step, "bench.every_n_epochs=0", f"hydra.run.dir={scratch}/run"]
+        digits += [*one_step, "bench.every_n_epochs=0"]
+        runs = (f"hydra.run.dir={scratch}/{number}" for number in itertools.count())
+        checkpoint, file = a_checkpoint(nets["B1"]), Path(scratch) / "b1.ckpt"
+        guarded = [LossGuard(scratch), Interruption()]
         works = {
             "validation of A0 on 360 digits, train form alone": validation([]),
             "the same with the deploy form's (converted, same batches)": validation([untimed]),
             **{f"conversion of {name}, float64 fold": partial(to_deploy, net) for name, net in nets.items()},
             "`train.py --help`": command("--help"),
             "`train.py`, ImageNet missing: the error": command(f"data.dir={scratch}/none"),
-            "`train.py` with 1 training, 1 validation and 1 test step": command(*digits),
+            "`train.py` with 1 training, 1 validation and 1 test step": lambda: command(*digits, next(runs))(),
+            "the same again: it is finished": command(*digits, f"hydra.run.dir={scratch}/0"),
+            "22 steps of A0 on digits, no callbacks": epoch(list),
+            "the same with the guard and the look at signals": epoch(lambda: guarded),
+            "a checkpoint of B1 with momenta, written": lambda: AtomicCheckpointIO().save_checkpoint(checkpoint, file),
+            "the same, checked": lambda: damage(file),
         }
         for work in works.values():
             work()  # warm: caches of numba, files, thread pools
