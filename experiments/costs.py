@@ -115,16 +115,20 @@ def main() -> None:
         digits = ["data=digits", "model=repvgg_a0", "trainer=cpu", "recipe=quick", "logger=csv"]
         one_step = [f"trainer.{limit}=1" for limit in ("max_epochs", "limit_train_batches", "limit_val_batches")]
         digits += [*one_step, "bench.every_n_epochs=0"]
-        runs = (f"hydra.run.dir={scratch}/{number}" for number in itertools.count())
+        folders = (Path(scratch) / str(number) for number in itertools.count())
         checkpoint, file = a_checkpoint(nets["B1"]), Path(scratch) / "b1.ckpt"
         guarded = [LossGuard(scratch), Interruption()]
+
+        def anew() -> None:  # in a folder of its own, or it would be finished
+            command(*digits, f"hydra.run.dir={next(folders)}")()
+
         works = {
             "validation of A0 on 360 digits, train form alone": validation([]),
             "the same with the deploy form's (converted, same batches)": validation([untimed]),
             **{f"conversion of {name}, float64 fold": partial(to_deploy, net) for name, net in nets.items()},
             "`train.py --help`": command("--help"),
             "`train.py`, ImageNet missing: the error": command(f"data.dir={scratch}/none"),
-            "`train.py` with 1 training, 1 validation and 1 test step": lambda: command(*digits, next(runs))(),
+            "`train.py` with 1 training, 1 validation and 1 test step": anew,
             "the same again: it is finished": command(*digits, f"hydra.run.dir={scratch}/0"),
             "22 steps of A0 on digits, no callbacks": epoch(list),
             "the same with the guard and the look at signals": epoch(lambda: guarded),
