@@ -171,7 +171,7 @@ class Tally:
         steps = f"{self.repeated} batches were trained again, of {self.runs * EPOCHS * BATCHES} in {self.runs} runs."
         values = self.runs * len(wandb_rows(self.reference.directory))
         lost = (
-            f"W&B's offline files lack {self.wandb_lost} of {values} values: its helper process, which writes them once "
+            f"W&B's offline files lack {self.wandb_lost} of {values} values: its helper process, which writes once "
             "a second, was killed too. metrics.csv has them all."
         )
         kept = f"W&B's offline files have all {values} values, each once by its step."
@@ -926,11 +926,13 @@ metrics in `last.ckpt`, all of `best.ckpt`, the metrics of `result.json`, `healt
 values that were logged at a step, each there once after merging the files of all starts. Measured times (`bench/*`,
 `perf/*`, `reparam/convert_s`) are not compared.
 
-{machine}. Seed {seed}. Commits: {commits}.
+{machine}.
+
+Seed {seed}. Commits: {commits}.
 
 Seconds are medians, with the largest in brackets, and hold for this machine alone, whose load average was {load}
-(these processes, and whatever else it had to do). *Detected* is from the fault to what the notes say; *trains again* is from typing the command to the
-first batch, imports included.
+(these processes, and whatever else it had to do). *Detected* is from the fault to what the notes say; *trains again* is
+from typing the command to the first batch, imports included.
 
 {table}
 
