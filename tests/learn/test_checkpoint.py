@@ -166,6 +166,15 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_it_was_replaced_b
     assert previous.read_bytes() == newest
 
 
+def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
+    keeper = Checkpoints(str(tmp_path))
+    keeper.load_state_dict({"best": {"score": 0.9, "epoch": 3}})
+    assert keeper.best == {}
+    write(tmp_path / "best.ckpt")
+    keeper.load_state_dict({"best": {"score": 0.9, "epoch": 3}})
+    assert keeper.best == {"score": 0.9, "epoch": 3}
+
+
 def test_a_metric_that_is_not_logged_is_named(digits: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, [Checkpoints(str(tmp_path), monitor="val/top9")], enable_checkpointing=True)
     with pytest.raises(ValueError, match=r"monitor=val/top9 is not logged; choose from val/loss, val/top1"):

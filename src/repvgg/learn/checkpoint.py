@@ -181,8 +181,8 @@ class Checkpoints(Checkpoint):
         return {"best": dict(self.best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As :meth:`state_dict`."""
-        self.best = dict(state_dict["best"])
+        """As :meth:`state_dict`; the best of another run, whose file is elsewhere, is not this one's."""
+        self.best = dict(state_dict["best"]) if self.best_model_path else {}
 
     # --- when ---
 
