@@ -204,7 +204,7 @@ while True:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.05 * i for i in range(1, 21)])
+@pytest.mark.parametrize("after", [0.1, 0.25, 0.4, 0.7])
 def test_a_kill_in_the_middle_of_writing_leaves_a_whole_checkpoint(after: float, tmp_path: Path) -> None:
     path = write(tmp_path / "last.ckpt")
     script = tmp_path / "script.py"

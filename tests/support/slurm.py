@@ -43,7 +43,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0,requeue_delay=1
 MpiDefault=none
 JobRequeue=1
-KillWait=5
+KillWait=30
 ReturnToService=2
 SlurmdParameters=config_overrides
 SlurmctldParameters=node_reg_mem_percent=0
