@@ -130,3 +130,37 @@ def test_a_killed_process_keeps_every_row_that_it_logged(tmp_path: Path) -> None
         steps = read_history(directory).query("metric == 'loss'")["step"].tolist()
         assert steps[: last + 1] == list(range(last + 1))
         assert len(steps) <= last + 2
+
+
+HELPER_KILLED = """
+import os, signal, subprocess, sys, time
+from repvgg.learn.logging import RunLogger
+
+logger = RunLogger(mode="offline", project="p", save_dir=sys.argv[1])
+logger.log_hyperparams({"a": 1})
+logger.log_metrics({"x": 1.0}, step=0)
+children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split()
+helpers = [int(pid) for pid in children if "wandb-core" in open(f"/proc/{pid}/cmdline").read()]
+assert helpers
+for pid in helpers:
+    os.kill(pid, signal.SIGTERM)
+time.sleep(1)
+for step in range(1, 4):
+    logger.log_metrics({"x": 2.0}, step=step)
+logger.log_table("t", ["a"], [[1]])
+logger.finish({"s": 1}, 75, preempted=True)
+print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_its_helper_process(tmp_path: Path) -> None:
+    """As after `scancel`, which sends SIGTERM to all processes of a job."""
+    script = tmp_path / "script.py"
+    script.write_text(HELPER_KILLED)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "went on" in done.stdout
+    assert done.stderr.count("helper process is gone") == 1

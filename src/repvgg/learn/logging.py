@@ -10,7 +10,8 @@ import shutil
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,7 @@ class RunLogger(WandbLogger):
         # Lightning still passes it, wandb warns about it and will remove it.
         self._wandb_init.pop("anonymous", None)
         self._asked_for = mode
+        self._gone = False
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -134,7 +136,30 @@ class RunLogger(WandbLogger):
         """
         if self._experiment is None:
             self._start()
-        super().log_hyperparams(params)
+        with self._while_it_lives():
+            super().log_hyperparams(params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """As Lightning's; a warning, once, where W&B's helper process is gone."""
+        with self._while_it_lives():
+            super().log_metrics(metrics, step)
+
+    @contextmanager
+    def _while_it_lives(self) -> Iterator[None]:
+        """Go on without W&B once its helper process is gone: the training has more to do than to end for it.
+
+        Slurm sends SIGTERM to all processes of a job, and the helper ends at once.
+        """
+        try:
+            yield
+        except ConnectionError as error:
+            if not self._gone:
+                log.warning(
+                    "W&B's helper process is gone (%s): the run goes on without it, and metrics.csv has what it lacks",
+                    error,
+                )
+            self._gone = True
 
     def _start(self) -> None:
         generated = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
@@ -197,7 +222,8 @@ class RunLogger(WandbLogger):
         A table is an artifact, for which the client asks the server at once; everything else it keeps and sends later.
         """
         try:
-            super().log_table(key, *args, **kwargs)
+            with self._while_it_lives():
+                super().log_table(key, *args, **kwargs)
         except wandb.errors.Error as error:
             log.warning("W&B has not got the table %s: %s", key, error)
 
@@ -207,9 +233,11 @@ class RunLogger(WandbLogger):
 
         ``preempted``: it will go on elsewhere; with an exit code other than 0, W&B calls it so, not failed.
         """
-        if wandb.run is None:
-            return
-        run = wandb.run
+        if wandb.run is not None:
+            with self._while_it_lives():
+                self._finish(wandb.run, summary, exit_code, preempted)
+
+    def _finish(self, run: wandb.Run, summary: Mapping[str, Any], exit_code: int, preempted: bool) -> None:
         run.summary.update(dict(summary))
         if preempted:
             run.mark_preempting()
