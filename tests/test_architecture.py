@@ -1,4 +1,4 @@
-"""Which room may know which: entry points → learn, data, report → model → torch."""
+"""Which room may know which: entry points → learn, data, report → deploy → model → torch."""
 
 import ast
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src"
 FORBIDDEN = {
     "model": {"pytorch_lightning", "hydra", "omegaconf", "wandb", "ffcv", "numba", "torchmetrics", "pandas"}
+    | {"repvgg.deploy", "repvgg.data", "repvgg.learn", "repvgg.report"},
+    "deploy": {"pytorch_lightning", "hydra", "omegaconf", "wandb", "ffcv", "numba", "pandas"}
     | {"repvgg.data", "repvgg.learn", "repvgg.report"},
     "data": {"pytorch_lightning", "hydra", "omegaconf", "wandb", "repvgg.report", "repvgg.learn"},
     "report": {"pytorch_lightning", "ffcv", "repvgg.data", "repvgg.learn"},
