@@ -185,9 +185,13 @@ class SafeLoader(Loader):
         batches_ahead: int = 3,
         os_cache: bool = True,
         batches_per_step: int = 1,
+        records: Sequence[int] | None = None,
     ) -> None:
         if batches_ahead < 1:
             raise ValueError(f"batches_ahead must be at least 1, got {batches_ahead}")
+        if train and records is not None:
+            raise ValueError("records are chosen where nothing is shuffled: train=False")
+        self._records = None if records is None else np.asarray(records, dtype=np.int64)
         self.samples = len(verify_beton(path))
         step = batch_size * batches_per_step if train else batch_size
         check_share(self.samples, batch_size=step, rank=rank, world_size=world_size, train=train, path=path)
@@ -262,6 +266,8 @@ class SafeLoader(Loader):
 
     def _order(self, epoch: int, rank: int, world_size: int) -> NDArray[np.int64]:
         """Record numbers of an epoch; of all ranks with rank 0 of 1."""
+        if self._records is not None:
+            return self._records[rank::world_size]
         if not self.train:
             return val_order(self.samples, rank=rank, world_size=world_size)
         images_per_step = self.batch_size * self.batches_per_step * self.world_size
@@ -362,6 +368,7 @@ def make_loader(
     batches_ahead: int = 3,
     os_cache: bool = True,
     batches_per_step: int = 1,
+    records: Sequence[int] | None = None,
 ) -> SafeLoader:
     """Yield (images, labels) on `device` (None: CPU): uint8 N×3×H×W in channels_last strides, and int64 (N,).
 
@@ -369,7 +376,8 @@ def make_loader(
     comes once, in order, over all ranks. `ops="stock"` builds the same crop from FFCV's own operations, as a
     baseline: its crops and flips cannot be seeded, so runs with it are not reproducible. `os_cache=False` reads
     through FFCV's own page cache, for files larger than memory. `batches_per_step` are accumulated to one step of the
-    optimiser: an epoch is a whole number of steps, of the images that it would be of without accumulation.
+    optimiser: an epoch is a whole number of steps, of the images that it would be of without accumulation. `records`
+    are the only ones of the file that come, in their order; without `train`.
     """
     if ops not in ("fused", "stock"):
         raise ValueError(f"ops must be 'fused' or 'stock', got {ops!r}")
@@ -397,6 +405,7 @@ def make_loader(
         batches_ahead=batches_ahead,
         os_cache=os_cache,
         batches_per_step=batches_per_step,
+        records=records,
     )
 
 
