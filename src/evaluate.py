@@ -5,17 +5,15 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from repvgg.checkpoints import fitting_choices
+from repvgg.checkpoints import settle as settle_checkpoint
 from repvgg.cli import (
     clear_errors,
-    fitting_choices,
     key_suggestions,
     logged_config,
-    overrides_of_run,
     prepare_environment,
     quote_paths,
     recorded,
@@ -28,6 +26,8 @@ log = logging.getLogger("evaluate")
 
 #: What train.yaml has and an evaluation does not read.
 OF_TRAINING = ("recipe", "callbacks", "bench", "module", "init_from", "required", "ckpt_path", "seed")
+#: Of the config, what an evaluation says of itself.
+GROUPS = ("model", "ablation", "data", "trainer", "logger")
 
 
 def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
@@ -41,19 +41,10 @@ def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
         raise ValueError(f"{missing}. Of a run it is\n  python src/evaluate.py ckpt=RUN/checkpoints/best.ckpt")
     if cfg.forms not in (None, "both", "train", "deploy"):
         raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
-    of_run = overrides_of_run(cfg.ckpt, typed)
-    try:
-        cfg = compose("evaluate", overrides=[*of_run, *typed], return_hydra_config=True)
-    except HydraException as error:
-        raise ValueError(
-            f"The choices of the run that left {cfg.ckpt} are no longer there ({' '.join(of_run)}): {error}\n"
-            "Choose model=, ablation= and data= yourself"
-        ) from error
-    groups = ("model", "ablation", "data", "trainer", "logger")
-    choices = {group: str(cfg.hydra.runtime.choices[group]) for group in groups}
-    cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    if of_run:
-        log.info(f"Of the checkpoint's run: {' '.join(of_run)}")
+    settled = settle_checkpoint("evaluate", cfg.ckpt, typed)
+    cfg, choices = settled.cfg, {group: settled.choices[group] for group in GROUPS}
+    if settled.origin:
+        log.info(settled.origin)
 
     crop = cfg.data.val_transform
     for name in ("resolution", "resize", "batch_size"):

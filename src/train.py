@@ -13,11 +13,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from repvgg.checkpoints import fitting_choices
 from repvgg.cli import (
     OBJECTIVE,
     clear_errors,
     finished_before,
-    fitting_choices,
     key_suggestions,
     logged_config,
     prepare_environment,

@@ -28,7 +28,6 @@ from repvgg.identity import on_data
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-    from repvgg.model import Weights
     from repvgg.report.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -223,21 +222,21 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
 REPEATING = ("module", "datamodule", "logger")
 
 
-# --- checkpoint files -----------------------------------------------------------------------------------------------
-
-#: What a checkpoint's run says of its network and data: the groups, and the nodes whose values may have been set.
-#: (Not the recipe, which may also set precision and compilation.)
-OF_THE_NETWORK = {"model": "net", "ablation": "block", "data": "data"}
+# --- paths that are typed ---------------------------------------------------------------------------------------------
 
 
-def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+def quote_paths(arguments: Sequence[str], keys: Sequence[str], *, new: Sequence[str] = ()) -> list[str]:
     """Arguments of which ``key=PATH`` is quoted where PATH is there, and so every PATH of ``key=[PATH,PATH]``.
+
+    Of the keys ``new``, whose file is yet to be written, PATH is quoted where its directory is there.
 
     Hydra's grammar has no bare = or comma in a value, and a sweep's directories are called ``0_ablation=id``.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if key in new and _is_there(str(Path(value).parent)):
+            argument = f"{key}={_quoted(value)}"
         if key in keys and equals:
             is_list = value.startswith("[") and value.endswith("]")
             argument = f"{key}=[{_quote_parts(value[1:-1])}]" if is_list else f"{key}={_quote(value)}"
@@ -246,7 +245,11 @@ def quote_paths(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
 
 
 def _quote(value: str) -> str:
-    bare = set(value) & set("=,") and _is_there(value)
+    return _quoted(value) if _is_there(value) else value
+
+
+def _quoted(value: str) -> str:
+    bare = set(value) & set("=,") and not value.startswith(("'", '"'))
     return f"'{value.replace(chr(39), chr(92) + chr(39))}'" if bare else value
 
 
@@ -265,59 +268,3 @@ def _quote_parts(text: str) -> str:
         quoted.append(_quote(",".join(parts[:taken])))
         parts = parts[taken:]
     return ",".join(quoted)
-
-
-def overrides_of_run(checkpoint: str | Path, typed: Sequence[str]) -> list[str]:
-    """The choices of network and data of the run that left a checkpoint, as overrides; none for any other file.
-
-    Args:
-        checkpoint: ``RUN/checkpoints/best.ckpt`` of a RUN that holds Hydra's files.
-        typed: overrides that come first; a group that is typed takes the run's values of its node away too.
-    """
-    saved = Path(checkpoint).absolute().parent.parent / ".hydra" / "hydra.yaml"
-    if not saved.is_file():
-        return []
-    hydra = OmegaConf.load(saved).hydra
-    keys = {_key(override) for override in typed}
-    groups = {group: node for group, node in OF_THE_NETWORK.items() if group not in keys}
-    overrides = [f"{group}={hydra.runtime.choices[group]}" for group in groups if group in hydra.runtime.choices]
-    nodes = tuple(f"{node}." for node in groups.values())
-    return overrides + [o for o in hydra.overrides.task if _key(o).startswith(nodes) and _key(o) not in keys]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
-
-
-@contextmanager
-def fitting_choices(weights: Weights, ablation: str) -> Iterator[None]:
-    """Add to the error of a file that does not fit the model which ``model=`` and ``ablation=`` of conf/ it fits."""
-    from repvgg.model import WeightsMismatchError
-
-    try:
-        yield
-    except WeightsMismatchError as error:
-        fitting = _fitting(weights, ablation)
-        found = f"This file fits {' or '.join(fitting)}" if fitting else "It fits no model= and ablation= of conf/"
-        raise ValueError(f"{error}. {found}") from error
-
-
-def _fitting(weights: Weights, ablation: str) -> list[str]:
-    """All models with the chosen ablation, or else with any other."""
-    import torch
-    from hydra.utils import instantiate
-
-    from repvgg.model import fits, same_layers
-
-    def net(model: str, ablation: str) -> torch.nn.Module:
-        config = compose("train", overrides=[f"model={model}", f"ablation={ablation}", "data=imagenet"])
-        with torch.device("meta"):
-            made: torch.nn.Module = instantiate(config.net)
-        return made
-
-    variants = [model for model in options("model") if same_layers(net(model, ablation), weights)]
-    if weights.form == "deploy":  # all ablations deploy to one network
-        return [f"model={model}" for model in variants]
-    found = [f"model={model}" for model in variants if fits(net(model, ablation), weights)]
-    others = ((model, name) for model in variants for name in options("ablation"))
-    return found or [f"model={model} ablation={name}" for model, name in others if fits(net(model, name), weights)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 
-from repvgg.cli import fitting_choices, overrides_of_run, quote_paths
+from repvgg.checkpoints import fitting_choices, overrides_of_run
+from repvgg.cli import quote_paths
 from repvgg.model import RepVGG, load_weights, read_weights, to_deploy
 from repvgg.report.offline import find_offline_runs, read_offline_run
 from support.networks import ABLATIONS

@@ -14,11 +14,11 @@ from repvgg.model.residual import ResidualStage, count_shortcuts
 from repvgg.model.weights import (
     Weights,
     WeightsMismatchError,
+    distance,
     fits,
     initialize,
     load_weights,
     read_weights,
-    same_layers,
 )
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "count_parameters",
     "count_shortcuts",
     "count_winograd_muls",
+    "distance",
     "equivalence",
     "fits",
     "identity_map",
@@ -58,6 +59,5 @@ __all__ = [
     "norm_as_affine",
     "not_fused",
     "read_weights",
-    "same_layers",
     "to_deploy",
 ]

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ Form = Literal["train", "deploy"]
 Head = Literal["keep", "fresh"]
 
 #: A block of our naming (a residual stage's projection, too), a part of it, and the tensor.
-OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+|shortcut))\.((?:branches|conv|se|norm)(?:\..+)?)\.(\w+)")
+OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+|shortcut))\.((?:branches|parts|conv|se|norm)(?:\..+)?)\.(\w+)")
 #: The parts of a block whose names every implementation has its own of.
 CONV3, BN3, CONV1, BN1 = "branches.3x3.conv", "branches.3x3.bn", "branches.1x1.conv", "branches.1x1.bn"
 IDENTITY, FUSED, SE_DOWN, SE_UP = "branches.identity.bn", "conv", "se.down", "se.up"
@@ -131,17 +131,31 @@ class Weights:
         naming: a key of :data:`NAMINGS`.
         form: what the file holds, branches or the convolutions that they were fused into.
         state: under our names, with a branch's kind in the place of its number.
+        metadata: what a file that :func:`repvgg.model.write_weights` wrote says of itself, and the choices that a
+            checkpoint of a training says; empty for others.
     """
 
     path: Path
     naming: str
     form: Form
     state: Mapping[str, Tensor] = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def num_classes(self) -> int | None:
         """Outputs of the classifier; None for a file without one."""
         return len(self.state["head.weight"]) if "head.weight" in self.state else None
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks of each stage after the stem's."""
+        blocks = [(int(found[2]), int(found[3])) for found in map(OUR_KEY.fullmatch, self.state) if _is_layer(found)]
+        return [1 + max(block for of, block in blocks if of == stage) for stage in sorted({of for of, _ in blocks})]
+
+    @property
+    def architecture(self) -> str:
+        """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
+        return _architecture(self.state)
 
 
 class WeightsMismatchError(ValueError):
@@ -190,13 +204,14 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(path, naming, form, found)
 
 
-def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep") -> None:
+def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep", assign: bool = False) -> None:
     """Copy a file's tensors into a :class:`RepVGG` or its deploy form; every one of them, or none.
 
     Args:
         net: in the form that the file has.
         weights: of :func:`read_weights`.
         head: "fresh" leaves the classifier as it was initialised, for other classes than the file's.
+        assign: ``net``, which may be on the meta device, takes the tensors themselves, in the precision of the file.
 
     Raises:
         WeightsMismatchError: tensors that are missing, too many or of another shape. A BatchNorm's
@@ -209,7 +224,9 @@ def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep") -> No
     for key, kind in names.items():
         if kind in weights.state and not (head == "fresh" and kind.startswith("head.")):
             own[key] = weights.state[kind]
-    net.load_state_dict(own)
+        elif assign and own[key].is_meta:  # a counter of batches that the file does not have
+            own[key] = torch.zeros_like(own[key], device="cpu")
+    net.load_state_dict(own, assign=assign)
 
 
 def fits(net: nn.Module, weights: Weights) -> bool:
@@ -223,20 +240,19 @@ def fits(net: nn.Module, weights: Weights) -> bool:
     return True
 
 
-def same_layers(net: nn.Module, weights: Weights) -> bool:
-    """Whether both have the same 3×3 kernels, whatever other branches they have: the same variant, that is."""
+def distance(net: nn.Module, weights: Weights) -> tuple[int, int]:
+    """How many tensors only one of the two has, and how many have other shapes, up to the classifier.
+
+    ``net`` may be on the meta device. Of two variants of one design the first number is 0.
+    """
     own = net.state_dict()
     names = _kind_names(own)
-
-    def kernels(state: Mapping[str, Tensor]) -> list[torch.Size]:
-        found = ((OUR_KEY.fullmatch(key), tensor) for key, tensor in state.items())
-        return [
-            tensor.shape
-            for match, tensor in found
-            if match and match[3] != "shortcut" and match[4] in (CONV3, FUSED) and match[5] == "weight"
-        ]
-
-    return kernels({names[key]: tensor for key, tensor in own.items()}) == kernels(weights.state)
+    ours, theirs = (
+        {key: t.shape for key, t in state.items() if not key.startswith("head.")}
+        for state in ({names[key]: tensor for key, tensor in own.items()}, weights.state)
+    )
+    alone = [key for key in ours.keys() ^ theirs.keys() if not key.endswith(".num_batches_tracked")]
+    return len(alone), sum(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
 
 
 def initialize(net: nn.Module, weights: Weights) -> str:
@@ -266,7 +282,7 @@ def form_of(state: Iterable[str]) -> Form | None:
         if found := OUR_KEY.fullmatch(key):
             if found[4].startswith("branches."):
                 forms.add("train")
-            elif found[4] == FUSED:
+            elif found[4] == FUSED or found[4].startswith("parts."):
                 forms.add("deploy")
     return forms.pop() if len(forms) == 1 else None
 
@@ -320,7 +336,7 @@ def _kind_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Our keys, and the same with kinds of branches for their numbers; a second one of a kind is ``3x3#2``."""
     branches: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
-        if found := re.fullmatch(r"(.*\bbranches)\.(\d+)\.(.*)", key):
+        if found := re.fullmatch(r"(.*\b(?:branches|parts))\.(\d+)\.(.*)", key):
             branches[found[1]][found[2]][found[3]] = tensor
     names = {key: key for key in state}
     for block, numbered in branches.items():
@@ -337,9 +353,11 @@ def _kind_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 def _kind(tensors: Mapping[str, Tensor]) -> str:
     """``3x3``, ``identity``, or the tensors' names where a branch is of a design of one's own."""
     conv = tensors.get("conv.weight")
-    rest = {name for name in tensors if not name.startswith("bn.") and name != "conv.weight"}
+    rest = {name for name in tensors if not name.startswith("bn.") and name not in ("conv.weight", "conv.bias")}
     if rest:
         return "+".join(sorted(rest)).replace(".", "_")
+    if conv is not None and "conv.bias" in tensors and conv.shape[1:].numel() == 1:
+        return "identity"  # of a block that deploys as a sum: a factor and a bias per channel
     return "identity" if conv is None else "x".join(map(str, conv.shape[2:]))
 
 
@@ -394,6 +412,11 @@ def _require_fit(own: Mapping[str, Tensor], weights: Weights, head: Head) -> Non
     )
 
 
+def _is_layer(found: re.Match[str] | None) -> TypeGuard[re.Match[str]]:
+    """Whether a key is of a layer of a stage after the stem."""
+    return found is not None and found[2] is not None and found[3] != "shortcut"
+
+
 def _architecture(state: Mapping[str, Tensor]) -> str:
     """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
     kernels: dict[tuple[int, int], Tensor] = {}  # the first convolution of every layer, by stage and block
@@ -407,7 +430,7 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
             shortcuts = True
             continue
         place = (-1, 0) if found[1] == "stem" else (int(found[2]), int(found[3]))
-        if found[4].startswith("branches."):
+        if found[4].startswith(("branches.", "parts.")):
             kinds[found[4].split(".")[1]] = None
         if found[4].endswith("conv") and found[5] == "weight":
             kernels.setdefault(place, tensor)
@@ -420,7 +443,7 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
     parts = [
         f"{'+'.join(str(len(stage)) for stage in stages.values())} layers of "
         f"{', '.join(str(stage[0].shape[0]) for stage in stages.values())} channels",
-        f"branches {' '.join(kinds)}" if kinds else "fused",
+        f"{'branches' if form_of(state) == 'train' else 'parts'} {' '.join(kinds)}" if kinds else "fused",
     ]
     if groups > 1:
         parts.append(f"groups {groups}")
