@@ -28,21 +28,30 @@ OPSET = 18
 LARGEST_ONNX = 2**31 - 2**24
 
 
-class _Deployed(nn.Module):
-    """``net`` on ``images``, which it normalises before if ``mean`` and ``std`` are given."""
+class _Normalize(nn.Module):
+    """Stored pixels to what the network was trained on."""
 
-    def __init__(self, net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.net = net
-        self.normalizes = mean is not None and std is not None
-        if mean is not None and std is not None:
-            self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-            self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         # Subtracted and divided as in training, in this order: the same bits. Folding both into the first convolution
         # would not be the same at the borders, where the zeros of its padding mean the average colour.
-        logits: Tensor = self.net((images - self.mean) / self.std if self.normalizes else images)
+        return (images - self.mean) / self.std
+
+
+class _Deployed(nn.Module):
+    """``net`` on ``images``, after ``normalize``."""
+
+    def __init__(self, net: nn.Module, normalize: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.normalize(images))
         return logits
 
 
@@ -171,13 +180,20 @@ def _captured(
     if training is not None:
         where = f" (its '{training}')" if training else ""
         raise ValueError(f"{type(net).__name__}{where} is in training mode: call .eval() before the export")
-    deployed = _Deployed(copy.deepcopy(net).to("cpu", torch.float32), mean, std).eval()
+    normalize = nn.Identity() if mean is None or std is None else _Normalize(mean, std)
+    deployed = _Deployed(copy.deepcopy(net).to("cpu", torch.float32), normalize).eval()
     sizes: dict[int, Dim] = {0: Dim("batch", min=1)}
     if dynamic_size:
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
-    # Otherwise a size that is 1 somewhere, as 32 pixels are after five strides, could be no other.
+    # backed_size_oblivious: otherwise a size that is 1 somewhere, as 32 pixels are after five strides, could be no other.
+    # Deferred asserts: of a train form, that the two ways to write ⌈H/2⌉ agree is not for the tracer to prove.
     with _quiet(), torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
-        return torch.export.export(deployed, (torch.zeros(2, *input_size),), dynamic_shapes=(sizes,))
+        return torch.export.export(
+            deployed,
+            (torch.zeros(2, *input_size),),
+            dynamic_shapes=(sizes,),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 @contextmanager

@@ -222,8 +222,7 @@ def _require_no_pickle(path: Path) -> None:
             pickled = [
                 name
                 for name in names
-                if name.endswith(".pt")
-                and archive.getinfo(name).file_size
+                if (name.endswith(".pt") and archive.getinfo(name).file_size)
                 or Path(name).name.startswith(("custom_obj", "opaque_obj"))
             ]
     except (zipfile.BadZipFile, ValueError, KeyError) as error:
