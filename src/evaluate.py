@@ -20,6 +20,7 @@ from repvgg.cli import (
     run_group,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
+from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import subject
 
 log = logging.getLogger("evaluate")
@@ -41,26 +42,45 @@ def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
         raise ValueError(f"{missing}. Of a run it is\n  python src/evaluate.py ckpt=RUN/checkpoints/best.ckpt")
     if cfg.forms not in (None, "both", "train", "deploy"):
         raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
+    if cfg.int8 is not None:
+        require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
+        if cfg.forms == "train":
+            raise ValueError(
+                f"int8={cfg.int8} quantizes the deploy form, which forms=train leaves out: choose forms=both or deploy"
+            )
+    for name in ("resolution", "resize", "batch_size"):
+        value = cfg[name]
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value} must be a whole number of at least 1")
+    if cfg.resolution and cfg.resize and cfg.resize < cfg.resolution:
+        raise smaller(cfg.resize, cfg.resolution)
     settled = settle_checkpoint("evaluate", cfg.ckpt, typed)
     cfg, choices = settled.cfg, {group: settled.choices[group] for group in GROUPS}
     if settled.origin:
         log.info(settled.origin)
 
     crop = cfg.data.val_transform
-    for name in ("resolution", "resize", "batch_size"):
-        value = cfg[name]
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value} must be a whole number of at least 1")
     crop.size = cfg.resolution or crop.size
     if cfg.resize is not None:
         if cfg.resize < crop.size:
-            raise ValueError(f"resize={cfg.resize} is smaller than the crop of {crop.size} pixels: set resolution= too")
+            raise smaller(cfg.resize, crop.size)
         crop.ratio = crop.size / cfg.resize
     if cfg.data.prepare is None:
         files = {"val": cfg.data.val_file}
         require_files(files, cfg.data.write_command)
         cfg.data.num_classes = number_of_classes(files, cfg.data.num_classes)
+        if cfg.int8 is not None and not Path(cfg.quantizer.file).is_file():
+            raise ValueError(
+                f"int8={cfg.int8} calibrates with training images, and there is no {cfg.quantizer.file}. Write it with"
+                f"\n  {cfg.data.write_command}\n"
+                f"or take images that the accuracy is then measured on too: quantizer.file={cfg.data.val_file}"
+            )
     return cfg, choices
+
+
+def smaller(resize: int, crop: int) -> ValueError:
+    """The error of an image that is smaller than its crop, in pixels."""
+    return ValueError(f"resize={resize} is smaller than the crop of {crop} pixels: set resolution= too")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
@@ -104,6 +124,7 @@ def main(cfg: DictConfig) -> float | None:
             confusion=cfg.confusion,
             channels_last=cfg.channels_last,
             compile=cfg.compile,
+            quantizer=instantiate(cfg.quantizer),
         )
         trainer: pl.Trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
         # Of the data module the validation images are needed, and not that there are others for training.
@@ -119,16 +140,17 @@ def main(cfg: DictConfig) -> float | None:
         metrics |= scores
         if trainer.is_global_zero:
             names = read_manifest(cfg.data.val_file).classes
-            tables = report.tables(names, classes.images, classes.right, classes.confusion, metrics)
+            tables = report.tables(names, classes.images, classes.right, classes.confusion, metrics, module.noise)
             for name, table in tables.items():
                 report.write_csv(Path(cfg.output_dir) / f"{name}.csv", table)
             header, rows = tables["per_class"]
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
                     logger.log_table("eval/per_class", columns=header, data=rows)
+            int8 = f", int8 by {cfg.int8}" if cfg.int8 is not None else ""
             title = (
                 f"{Path(cfg.ckpt).name} ({weights.naming} naming, {weights.form} form), {subject(choices)}: "
-                f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}"
+                f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}{int8}"
             )
             report.print_evaluation(title, metrics, rows, Console())
     return metrics.get(objective)

@@ -362,14 +362,15 @@ def _unmatched(weights: Weights, typed: Sequence[str], given: Mapping[str, str])
     model = min(models, key=lambda name: sum(_distance(name, chosen["ablation"], typed, weights)))
     ablations = [given["ablation"]] if "ablation" in given else _ablations()
     ablation = min(ablations, key=lambda name: sum(_distance(model, name, typed, weights)))
-    net = _candidate(model, ablation, typed, weights.form)
+    classes = f"net.num_classes={weights.num_classes or 1}"
+    net = _candidate(model, ablation, [*typed, classes], weights.form)
     nearest = f"model={model} ablation={ablation}"
     assert net is not None, f"{nearest} is the default"
     try:
         load_weights(net, weights, head="fresh", assign=True)
     except ValueError as error:
         return ValueError(
-            f"{error}.\nIt fits no model= and ablation= of conf/; the nearest is {nearest}. A network that was "
-            "trained with other values of net needs them here, too, as in net.width_a=0.5"
+            f"{error}. It fits none of conf/ ({nearest} is the nearest, and compared here). What was trained with other "
+            "values of net needs them typed here, too, as in net.width_a=0.5"
         )
     raise AssertionError(f"{nearest} fits after all")
