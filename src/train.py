@@ -26,6 +26,7 @@ from repvgg.cli import (
     run_group,
 )
 from repvgg.data.manifest import number_of_classes, require_files
+from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import Identity, claim, require_typed_id, run_name
 from repvgg.slurm import requeue_on_signal
 
@@ -45,6 +46,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
     if cfg.init_from is not None and not Path(cfg.init_from).is_file():
         raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
+    if cfg.int8 is not None:
+        require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
     if cfg.data.prepare is None:
         files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
         require_files(files, cfg.data.write_command)

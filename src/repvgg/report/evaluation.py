@@ -1,4 +1,4 @@
-"""The tables of one evaluation: every class, which of the two forms is right, confusions, and what a terminal shows.
+"""The tables of one evaluation: every class, which of two forms is right, confusions, and what a terminal shows.
 
 Files hold fractions of 1; the terminal shows percent, and says so.
 """
@@ -8,23 +8,25 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from repvgg.files import replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: The two forms as keys and in words.
-FORMS = {"train_form": "train form", "deploy": "deploy"}
+#: The forms as keys and in words.
+FORMS = {"train_form": "train form", "deploy": "deploy", "int8": "int8"}
 #: Where the numbers of a form are, and which of the forms is right, in the metrics of an evaluation.
-PREFIX = {"train_form": "eval", "deploy": "eval/deploy"}
-OUTCOMES = {
-    "both_right": "both right",
-    "only_train_form_right": "only the train form right",
-    "only_deploy_right": "only the deploy form right",
-    "both_wrong": "both wrong",
+PREFIX = {"train_form": "eval", "deploy": "eval/deploy", "int8": "eval/int8"}
+#: Of two forms that are compared: the table's name, and what happens to an image.
+PAIRS = {("train_form", "deploy"): "forms", ("deploy", "int8"): "forms_int8"}
+ALONE = {
+    "train_form": "only the train form right",
+    "deploy": "only the deploy form right",
+    "int8": "only the int8 form right",
 }
 
 Cell = str | int | float | None
@@ -38,6 +40,7 @@ def tables(
     right: Mapping[str, Sequence[int]],
     confusion: Mapping[str, Sequence[Sequence[int]]],
     metrics: Mapping[str, float],
+    layers: Sequence[Any] = (),
 ) -> dict[str, Table]:
     """What an evaluation leaves as CSV files, by their names.
 
@@ -46,11 +49,14 @@ def tables(
         images: of every class.
         right: for every form, the images of every class that it recognises.
         confusion: for every form, images by true class (row) and answer; may be empty.
-        metrics: ``eval/forms/*`` where there are two forms.
+        metrics: ``eval/forms/*`` where there are two forms, ``eval/forms_int8/*`` where one is int8.
+        layers: of the int8 form, as dataclasses of name and numbers.
     """
     out = {"per_class": class_table(names, images, right)}
-    if len(right) == 2:
-        out["forms"] = outcome_table(metrics)
+    out |= {table: outcome_table(metrics, *pair) for pair, table in PAIRS.items() if set(pair) <= right.keys()}
+    if layers:
+        rows = [asdict(layer) for layer in layers]
+        out["int8_layers"] = (list(rows[0]), [list(row.values()) for row in rows])
     for form, matrix in confusion.items():
         out[f"confusion_{form}"] = confusion_table(names, matrix)
     return out
@@ -66,13 +72,17 @@ def class_table(names: Sequence[str], images: Sequence[int], right: Mapping[str,
     return header, rows
 
 
-def outcome_table(metrics: Mapping[str, float]) -> Table:
-    """How many images which of the forms gets right, and how many the forms answer differently."""
-    counts = {**OUTCOMES, "different_answer": "different answers"}
-    rows: list[list[Cell]] = [
-        [words, round(metrics[f"eval/forms/{key}"]), metrics[f"eval/forms/{key}"] / metrics["eval/images"]]
-        for key, words in counts.items()
-    ]
+def outcome_table(metrics: Mapping[str, float], first: str, second: str) -> Table:
+    """How many images which of two forms gets right, and how many they answer differently."""
+    counts = {
+        "both_right": "both right",
+        f"only_{first}_right": ALONE[first],
+        f"only_{second}_right": ALONE[second],
+        "both_wrong": "both wrong",
+        "different_answer": "different answers",
+    }
+    found = {words: metrics[f"eval/{PAIRS[first, second]}/{key}"] for key, words in counts.items()}
+    rows: list[list[Cell]] = [[words, round(count), count / metrics["eval/images"]] for words, count in found.items()]
     return ["outcome", "images", "share"], rows
 
 
@@ -93,11 +103,11 @@ def write_csv(path: Path, table: Table) -> None:
 
 
 def print_evaluation(title: str, metrics: Mapping[str, float], classes: list[list[Cell]], console: Console) -> None:
-    """Both forms side by side, then where they differ and which classes are hardest.
+    """All forms side by side, then where they differ and which classes are hardest.
 
     Args:
         title: what was evaluated, on what.
-        metrics: ``eval/*`` and ``reparam/*``.
+        metrics: ``eval/*``, ``reparam/*`` and ``int8/*``.
         classes: the rows of :func:`class_table`.
         console: rich's.
     """
@@ -115,13 +125,22 @@ def print_evaluation(title: str, metrics: Mapping[str, float], classes: list[lis
             top1, top5, loss = (metrics[f"{prefix}/{name}"] for name in ("top1", "top5", "loss"))
             table.add_row(words, f"{100 * top1:.2f}", f"{100 * top5:.2f}", f"{loss:.4f}")
     lines = []
-    if "eval/forms/both_right" in metrics:
-        *outcomes, different = outcome_table(metrics)[1]
+    for (first, second), name in PAIRS.items():
+        if f"eval/{name}/both_right" not in metrics:
+            continue
+        *outcomes, different = outcome_table(metrics, first, second)[1]
+        which, apart = ("int8 ", "int8") if second == "int8" else ("", "reparam")
         lines += [
-            f"images: {', '.join(f'{count} {words}' for words, count, _ in outcomes)}; {different[1]} {different[0]}",
-            f"logits: relative L2 difference {metrics['reparam/rel_l2_diff']:.2g}, "
-            f"largest difference {metrics['reparam/max_abs_logit_diff']:.2g}",
+            f"{which}images: {', '.join(f'{count} {words}' for words, count, _ in outcomes)}; "
+            f"{different[1]} {different[0]}",
+            f"{which}logits: relative L2 difference {metrics[f'{apart}/rel_l2_diff']:.2g}, "
+            f"largest difference {metrics[f'{apart}/max_abs_logit_diff']:.2g}",
         ]
+    if "int8/output_db_min" in metrics:
+        lines.append(
+            f"int8 layers: signal to quantization noise of at least {metrics['int8/output_db_min']:.1f} dB in the "
+            f"outputs, {metrics['int8/weight_db_min']:.1f} dB in the weights (int8_layers.csv)"
+        )
     known = [row for row in classes if row[-1] is not None]
     hardest = sorted(known, key=lambda row: float(row[-1] or 0))[:5]
     lines.append(f"lowest top-1 [%]: {', '.join(f'{row[1]} ({100 * float(row[-1] or 0):.1f})' for row in hardest)}")
