@@ -370,7 +370,7 @@ def _unmatched(weights: Weights, typed: Sequence[str], given: Mapping[str, str])
         load_weights(net, weights, head="fresh", assign=True)
     except ValueError as error:
         return ValueError(
-            f"{error}. It fits none of conf/ ({nearest} is the nearest, and compared here). What was trained with other "
+            f"{error}. It fits none of conf/; compared is the nearest, {nearest}. What was trained with other "
             "values of net needs them typed here, too, as in net.width_a=0.5"
         )
     raise AssertionError(f"{nearest} fits after all")
