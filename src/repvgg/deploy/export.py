@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ class _Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+        self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         # Subtracted and divided as in training, in this order: the same bits. Folding both into the first convolution
@@ -134,7 +135,7 @@ def export_pt2(
         node.meta.pop("stack_trace", None)  # of this machine
     extra = {METADATA_FILE: json.dumps(described, indent=1, ensure_ascii=False)}
     with replacing(path) as file:
-        torch.export.save(program, cast(BinaryIO, file), extra_files=extra)
+        torch.export.save(program, file, extra_files=extra)
 
 
 def _described(
@@ -185,9 +186,9 @@ def _captured(
     sizes: dict[int, Dim] = {0: Dim("batch", min=1)}
     if dynamic_size:
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
-    # backed_size_oblivious: otherwise a size that is 1 somewhere, as 32 pixels are after five strides, could be no other.
+    # Size-oblivious: otherwise a size that is 1 somewhere, as 32 pixels are after five strides, could be no other.
     # Deferred asserts: of a train form, that the two ways to write ⌈H/2⌉ agree is not for the tracer to prove.
-    with _quiet(), torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
+    with _quiet(), torch.no_grad(), cast(Any, symbolic_shapes).patch(backed_size_oblivious=True):
         return torch.export.export(
             deployed,
             (torch.zeros(2, *input_size),),
@@ -198,10 +199,18 @@ def _captured(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torch 2.13's own use of its own pytree
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-        yield
+    """Without the passes' diary, and torch 2.13's warning of its own use of its own pytree."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -1,0 +1,253 @@
+"""A checkpoint as a file that another program runs: `python src/export.py --help` has examples."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig
+
+from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
+from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from repvgg.checkpoints import Network
+    from repvgg.deploy.preprocess import Preprocessing
+
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+#: What train.yaml has and an export does not read.
+OF_TRAINING = ("recipe", "callbacks", "bench", "module", "trainer", "logger", "init_from", "ckpt_path", "seed")
+BATCH = 32
+
+
+def check(cfg: DictConfig) -> tuple[str, Path]:
+    """What can be wrong before anything is imported; the format and the file to write."""
+    typed = [
+        o for o in HydraConfig.get().overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING
+    ]
+    if typed:
+        raise ValueError(f"{' '.join(typed)}: an export does not read {', '.join(OF_TRAINING)}")
+    if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
+        missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
+        raise ValueError(f"{missing}. Of a run it is\n  python src/export.py ckpt=RUN/checkpoints/best.ckpt")
+    if cfg.form not in (None, "train", "deploy"):
+        raise ValueError(f"form={cfg.form}: choose train or deploy, or null for the checkpoint's")
+    if cfg.check not in ("data", "random"):
+        raise ValueError(f"check={cfg.check}: choose data or random, or give check_images=PATH")
+    if cfg.check == "random" and cfg.check_images is not None:
+        raise ValueError("check=random and check_images are two ways to check: give one of them")
+    for name in ("dynamic_size", "normalize"):
+        if not isinstance(cfg[name], bool):
+            raise ValueError(f"{name}={cfg[name]}: choose true or false")
+    if not isinstance(cfg.images, int) or isinstance(cfg.images, bool) or cfg.images < 1:
+        raise ValueError(f"images={cfg.images} must be a whole number of at least 1")
+    if not isinstance(cfg.tolerance, int | float) or not cfg.tolerance > 0:
+        raise ValueError(f"tolerance={cfg.tolerance} must be a positive number")
+    for path in [*check_paths(cfg), *([] if cfg.classes is None else [cfg.classes])]:
+        if not Path(path).exists():
+            key = "classes" if path == cfg.classes else "check_images"
+            raise ValueError(f"{key}={path}: there is no such file")
+    return target(cfg)
+
+
+def check_paths(cfg: DictConfig) -> list[str]:
+    """The image files and folders that are named."""
+    named = cfg.check_images
+    return [] if named is None else [str(path) for path in (named if isinstance(named, ListConfig) else [named])]
+
+
+def target(cfg: DictConfig) -> tuple[str, Path]:
+    """Format and file."""
+    formats = {suffix: name for name, suffix in SUFFIXES.items()}
+    to = cfg.to or (formats.get(Path(cfg.out).suffix) if cfg.out is not None else "onnx")
+    if to not in SUFFIXES:
+        chosen = f"to={cfg.to}" if cfg.to else f"out={cfg.out}"
+        raise ValueError(f"{chosen}: choose to=onnx or to=pt2, and a file that ends so")
+    out = Path(cfg.ckpt).with_suffix(SUFFIXES[to]) if cfg.out is None else Path(cfg.out)
+    if out.suffix != SUFFIXES[to]:
+        raise ValueError(f"out={out}: with to={to} it ends in {SUFFIXES[to]}")
+    if not out.parent.is_dir():
+        raise ValueError(f"out={out}: {out.parent} is no directory")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"out={out} cannot be written: name another file")
+    return to, out
+
+
+def installed_runtimes(cfg: DictConfig, to: str) -> list[str]:
+    """What runs files of this format here, or what was asked for."""
+    from importlib.util import find_spec
+
+    from repvgg.deploy.runtimes import RUNTIMES
+
+    known = RUNTIMES[SUFFIXES[to]]
+    if cfg.runtimes is None:
+        return [runtime for runtime in known if find_spec(runtime) is not None] or [known[0]]
+    wanted = list(cfg.runtimes) if isinstance(cfg.runtimes, ListConfig) else [str(cfg.runtimes)]
+    if not wanted or not set(wanted) <= set(known):
+        raise ValueError(f"runtimes={wanted}: with to={to} choose from {', '.join(known)}")
+    return wanted
+
+
+def classes_of(cfg: DictConfig, count: int) -> list[str] | None:
+    """Names of the classes, where something says them."""
+    names, source = None, f"classes={cfg.classes}"
+    if cfg.classes is not None:
+        try:
+            names = [
+                line.strip() for line in Path(cfg.classes).read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"classes={cfg.classes} cannot be read as text: {error}") from error
+    elif Path(cfg.data.val_file).is_file():
+        manifest = read_manifest(cfg.data.val_file)
+        names, source = manifest.class_words or manifest.classes, f"data={cfg.data.name} ({cfg.data.val_file})"
+    if names is not None and len(names) != count:
+        raise ValueError(
+            f"{source} names {len(names)} classes, the checkpoint has {count}. Choose data= and data.dir= of its "
+            "training, or classes=FILE with check_images=PATH or check=random"
+        )
+    return names
+
+
+def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Tensor]", str]:
+    """Batches of pixels, uint8 N × 3 × H × W, and what they are."""
+    import numpy as np
+    import torch
+
+    size = preprocessing.crop
+    if cfg.check == "random":
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (cfg.images, 3, size, size), generator=generator, dtype=torch.uint8)
+        return list(pixels.split(BATCH)), f"{cfg.images} images of random pixels, not of real images"
+    if cfg.check_images is not None:
+        from repvgg.data.pictures import find_images, open_image
+
+        files = find_images(check_paths(cfg))[: cfg.images]
+        crops = np.stack([preprocessing.cut(open_image(file)) for file in files])
+        pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
+        return list(pixels.split(BATCH)), f"{len(files)} images of {', '.join(check_paths(cfg))}"
+
+    from hydra.utils import instantiate
+
+    from repvgg.data.loader import make_loader
+
+    if cfg.data.prepare is not None:
+        instantiate(cfg.data.prepare)()
+    try:
+        require_files({"val": cfg.data.val_file}, cfg.data.write_command)
+    except DatasetMissingError as error:
+        raise ValueError(
+            f"{error}\nor check the file with check_images=PATH, images of your own, or with check=random, no images"
+        ) from error
+    samples = read_manifest(cfg.data.val_file).samples
+    records = np.unique(np.linspace(0, samples - 1, min(cfg.images, samples)).astype(int)).tolist()
+    loader = make_loader(
+        cfg.data.val_file,
+        transform=instantiate(cfg.data.val_transform),
+        batch_size=min(BATCH, len(records)),
+        train=False,
+        records=records,
+        num_threads=cfg.data.num_threads,
+    )
+    # Copies: the loader's tensors are slots of a ring.
+    batches = [images.clone() for images, _ in loader]
+    return batches, f"{len(records)} validation images of {cfg.data.val_file}"
+
+
+def described(
+    cfg: DictConfig, network: "Network", preprocessing: "Preprocessing", names: list[str] | None
+) -> dict[str, str]:
+    """The file's metadata."""
+    import hashlib
+
+    with Path(cfg.ckpt).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    said = {**network.settled.known, "form": network.form, "checkpoint_sha256": digest}
+    if names is not None:
+        said["classes"] = json.dumps(names, ensure_ascii=False)
+    return {**said, **preprocessing.metadata()}
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """A name that takes the place of ``out`` when the block ends without an error, with the same ending."""
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
+    try:
+        yield temporary
+        temporary.replace(out)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
+def main(cfg: DictConfig) -> None:
+    """Check, build, write, compare."""
+    with clear_errors():
+        to, out = check(cfg)
+
+        # Heavy imports from here on: a wrong command has been answered by now.
+        runtimes = installed_runtimes(cfg, to)
+        import torch
+
+        from repvgg.checkpoints import load_network
+        from repvgg.deploy.check import compare, require_close
+        from repvgg.deploy.export import export_onnx, export_pt2
+        from repvgg.deploy.preprocess import Preprocessing
+        from repvgg.deploy.runtimes import load_program
+
+        typed = list(HydraConfig.get().overrides.task)
+        network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
+        cfg = network.settled.cfg
+        if network.settled.origin:
+            print(network.settled.origin)
+        crop: Any = cfg.data.val_transform
+        preprocessing = Preprocessing.of_validation(
+            crop.size, crop.ratio, cfg.data.mean, cfg.data.std, inside=cfg.normalize
+        )
+        pixels, what = images_of(cfg, preprocessing)
+        net, mean, std = network.net, preprocessing.mean, preprocessing.std
+        names = classes_of(cfg, cfg.net.num_classes)
+        with beside(out) as file:
+            (export_onnx if to == "onnx" else export_pt2)(
+                net,
+                file,
+                input_size=(cfg.net.in_channels, crop.size, crop.size),
+                dynamic_size=cfg.dynamic_size,
+                metadata=described(cfg, network, preprocessing, names),
+                mean=mean if cfg.normalize else None,
+                std=std if cfg.normalize else None,
+            )
+            shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+            normalized = [(batch.float() - shift) / scale for batch in pixels]
+            with torch.inference_mode():
+                logits = [net(images) for images in normalized]
+            inputs = [batch.float() for batch in pixels] if cfg.normalize else normalized
+            print(f"Against torch {torch.__version__}, float32, {what}:")
+            for runtime in runtimes:
+                program = load_program(file, runtime)
+                found = compare(program, zip(inputs, logits, strict=True))
+                print(f"  {runtime} {program.version}: {found}", flush=True)
+                require_close(program, found, cfg.tolerance)
+            size = file.stat().st_size
+        pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
+        side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
+        print(
+            f"{out}: {network.form} form, {size / 2**20:.1f} MiB; {pixels_or_not}, N × {cfg.net.in_channels} × {side}, "
+            f"to logits, N × {cfg.net.num_classes}; {'no' if names is None else 'with'} class names"
+        )
+
+
+if __name__ == "__main__":
+    prepare_environment()
+    sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt", "out", "classes", "check_images"])
+    with interruptible("no file is left; the same command begins anew"), key_suggestions("export", sys.argv[1:]):
+        main()
