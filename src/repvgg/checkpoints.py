@@ -248,6 +248,15 @@ def _said(metadata: Mapping[str, str], typed: Sequence[str]) -> list[str]:
     ]
 
 
+def metadata_of(settled: Settled) -> dict[str, str]:
+    """Choices and numbers of a network for a file's metadata, such that :func:`settle` finds them there again."""
+    model = settled.choices["model"]
+    usual, net = _config(model, _default("ablation"), []).net, settled.cfg.net
+    numbers = {name: list(net[name]) if OmegaConf.is_list(net[name]) else net[name] for name in NUMBERS}
+    other = {name: value for name, value in numbers.items() if value != usual[name]}
+    return {**settled.known, **({"net": json.dumps(other)} if other else {})}
+
+
 def _is_numeric(value: object) -> bool:
     return isinstance(value, int | float) or (
         isinstance(value, list) and all(isinstance(each, int | float) for each in value)

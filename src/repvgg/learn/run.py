@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from repvgg.git import git_sha
 from repvgg.learn.checkpoint import Checkpoints
 from repvgg.learn.devices import device_name
 from repvgg.learn.interrupt import Interruption, Signals
@@ -39,15 +39,8 @@ def describe(net: torch.nn.Module, input_size: tuple[int, int, int]) -> dict[str
 
 def code() -> dict[str, Any]:
     """Commit and versions of what runs."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "git": {"sha": git.stdout.strip() or "unknown"},
+        "git": {"sha": git_sha()},
         "versions": {"torch": torch.__version__, "lightning": pl.__version__},
     }
 

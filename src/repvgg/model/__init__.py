@@ -11,9 +11,13 @@ from repvgg.model.diverse import PointwiseAverage, PointwiseConv
 from repvgg.model.network import RepVGG, StageFactory
 from repvgg.model.orepa import Orepa
 from repvgg.model.residual import ResidualStage, count_shortcuts
+from repvgg.model.save import named, write_weights
+from repvgg.model.tensorfile import require_suffix
 from repvgg.model.weights import (
+    NAMINGS,
     Weights,
     WeightsMismatchError,
+    damage,
     distance,
     fits,
     initialize,
@@ -22,6 +26,7 @@ from repvgg.model.weights import (
 )
 
 __all__ = [
+    "NAMINGS",
     "Activated",
     "Affine",
     "Block",
@@ -49,6 +54,7 @@ __all__ = [
     "count_parameters",
     "count_shortcuts",
     "count_winograd_muls",
+    "damage",
     "distance",
     "equivalence",
     "fits",
@@ -56,8 +62,11 @@ __all__ = [
     "initialize",
     "load_weights",
     "memory_format_of",
+    "named",
     "norm_as_affine",
     "not_fused",
     "read_weights",
+    "require_suffix",
     "to_deploy",
+    "write_weights",
 ]

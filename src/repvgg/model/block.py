@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg.model.affine import Affine
-from repvgg.model.branches import Branch, BranchFactory, ConvShape, NotAffineError, Summand
+from repvgg.model.branches import Branch, BranchFactory, ConvShape, Normed, NotAffineError, Summand
+from repvgg.model.fused import has_hooks, normalized_sum
 
 
 class SqueezeExcite(nn.Module):
@@ -63,10 +64,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
-        total = self.branches[0](x)
+        if not self.training:
+            return self.activation(self.se(self.norm(self._sum(x))))
+        # Where nothing stands between the last sum and a ReLU, both are one operation.
+        rectified = type(self.activation) is nn.ReLU and type(self.se) is nn.Identity and not has_hooks(self.activation)
+        normed = type(self.norm) is not nn.Identity
+        total = self._normalized_sum(x, relu=rectified and not normed)
+        if normed:
+            total = normalized_sum([total], [self.norm], relu=rectified)
+        return total if rectified else self.activation(self.se(total))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        total: Tensor = self.branches[0](x)
         for branch in self.branches[1:]:
             total = total + branch(x)
-        return self.activation(self.se(self.norm(total)))
+        return total
+
+    def _normalized_sum(self, x: Tensor, *, relu: bool) -> Tensor:
+        branches = [b for b in self.branches if isinstance(b, Normed) and type(b).forward is Normed.forward]
+        if len(branches) < len(self.branches) or any(map(has_hooks, branches)):
+            total = self._sum(x)
+            return F.relu(total) if relu else total
+        return normalized_sum([b.before_norm(x) for b in branches], [b.bn for b in branches], relu=relu)
 
     def affine(self, dtype: torch.dtype = torch.float64) -> Affine:
         """The one map that ``norm(sum of branches)`` is in eval mode, differentiable in the parameters.

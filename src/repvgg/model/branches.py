@@ -87,6 +87,25 @@ class Summand:
     activation: nn.Module
 
 
+class Normed(Branch):
+    """A map and then its BatchNorm: a block may normalise, sum and rectify such branches at once while it trains.
+
+    Attributes:
+        bn: the BatchNorm, or ``nn.Identity``.
+    """
+
+    bn: nn.Module
+
+    def before_norm(self, x: Tensor) -> Tensor:
+        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉, not yet normalised."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        normalized: Tensor = self.bn(self.before_norm(x))
+        return normalized
+
+
 class NotAffineError(ValueError):
     """A branch or a norm that no convolution equals."""
 
@@ -95,7 +114,7 @@ class NotAffineError(ValueError):
 BranchFactory = Callable[[ConvShape], Branch | None]
 
 
-class ConvBN(Branch):
+class ConvBN(Normed):
     """A k×k' convolution without bias and its BatchNorm; k = k' = 1 is the paper's 1×1 branch (section 3.2).
 
     Args:
@@ -129,11 +148,12 @@ class ConvBN(Branch):
         )
         self.bn = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """N × I × H × W to N × O × ⌈H/stride⌉ × ⌈W/stride⌉."""
+    def before_norm(self, x: Tensor) -> Tensor:
+        """The convolution."""
         if self.subsample > 1:
             x = x[:, :, :: self.subsample, :: self.subsample]
-        return self.bn(self.conv(x))
+        convolved: Tensor = self.conv(x)
+        return convolved
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The kernel, scaled by the BatchNorm (equation 3)."""
@@ -141,7 +161,7 @@ class ConvBN(Branch):
         return Affine(kernel, kernel.new_zeros(kernel.shape[0])).then_norm(self.bn)
 
 
-class Identity(Branch):
+class Identity(Normed):
     """The identity and its BatchNorm (paper, section 3.2), or the bare identity of Table 7.
 
     Args:
@@ -164,9 +184,9 @@ class Identity(Branch):
         """The branch, or None where input and output differ in shape (the first block of every stage)."""
         return cls(shape, norm) if shape.keeps_shape else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """N × C × H × W to the same shape."""
-        return self.bn(x)
+    def before_norm(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """A 1×1 kernel of zeros and ones, scaled by the BatchNorm."""

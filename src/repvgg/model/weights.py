@@ -7,9 +7,7 @@ the order in which an ablation lists its branches. What kind a branch is, its te
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from repvgg.model.tensorfile import read_tensor_file, some
+
 Form = Literal["train", "deploy"]
 Head = Literal["keep", "fresh"]
 
@@ -27,6 +27,8 @@ OUR_KEY = re.compile(r"(stem|stages\.(\d+)\.(\d+|shortcut))\.((?:branches|parts|
 #: The parts of a block whose names every implementation has its own of.
 CONV3, BN3, CONV1, BN1 = "branches.3x3.conv", "branches.3x3.bn", "branches.1x1.conv", "branches.1x1.bn"
 IDENTITY, FUSED, SE_DOWN, SE_UP = "branches.identity.bn", "conv", "se.down", "se.up"
+#: Of a BatchNorm. Nothing is computed from it, and not all files have it.
+COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Naming:
             layer = self.block.format(stage=int(found[2]) + self.first_stage, block=found[3])
         return f"{layer}.{self.parts[found[4]]}.{found[5]}"
 
+    def written(self, own: str, kind: str) -> str | None:
+        """Their key of a tensor that a network here has under ``own``, and with its branch's kind under ``kind``."""
+        return self.theirs(kind)
+
     def ours(self, theirs: str) -> str | None:
         """Our key of one of theirs; None for a key that this naming does not have."""
         path, _, leaf = theirs.rpartition(".")
@@ -80,6 +86,9 @@ class _Ours(Naming):
 
     def theirs(self, ours: str) -> str | None:
         return ours
+
+    def written(self, own: str, kind: str) -> str | None:
+        return own  # with the branches' numbers, so that the network that it was written from loads it as it is
 
     def ours(self, theirs: str) -> str | None:
         return theirs if OUR_KEY.fullmatch(theirs) or re.fullmatch(r"head\.\w+", theirs) else None
@@ -166,15 +175,17 @@ def read_weights(path: str | Path) -> Weights:
     """Read a checkpoint file, whoever wrote it. No code in it is run.
 
     Known are files of this repository (Lightning's .ckpt or a plain state dict), of the authors, of timm and of
-    mmpretrain, each in train or deploy form; the tensors may lie under ``state_dict`` or ``model``, and their names
-    may begin with what DDP (``module.``), torch.compile (``_orig_mod.``) or a LightningModule (``net.``) adds. Of a
-    Lightning file with averaged weights, ``state_dict`` holds the averages, which are what was validated.
+    mmpretrain, each in train or deploy form, in torch's format or as safetensors; the tensors may lie under
+    ``state_dict`` or ``model``, and their names may begin with what DDP (``module.``), torch.compile (``_orig_mod.``)
+    or a LightningModule (``net.``) adds. Of a Lightning file with averaged weights, ``state_dict`` holds the averages,
+    which are what was validated.
 
     Raises:
         ValueError: no such file, not a file of tensors alone, or tensors that are no RepVGG's.
     """
     path = Path(path)
-    state = _without_prefixes(_tensors(path))
+    tensors, metadata = read_tensor_file(path)
+    state = _without_prefixes(tensors)
     if any(re.search(r"stage3_(first|second)\.|_aux\.|\bpost_se\.", key) for key in state):
         raise ValueError(
             f"{path} is of RepVGGplus-L2pse, another network (auxiliary heads, squeeze-and-excitation after the ReLU), "
@@ -190,18 +201,25 @@ def read_weights(path: str | Path) -> Weights:
     if unknown:
         raise ValueError(
             f"{path} is no RepVGG in a naming known here ({', '.join(NAMINGS)}). Nearest is {naming}, which has no "
-            f"{_some(unknown)}"
+            f"{some(unknown)}"
         )
     found = {str(our_key): state[key] for key, our_key in ours.items()}
+    whole = [key for key, tensor in found.items() if not key.endswith(COUNTER) and not tensor.is_floating_point()]
+    if whole:
+        kind = str(found[whole[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{path} holds {kind} in {some(whole)}, where weights are: a quantized file is no checkpoint of this "
+            "network. Take the one in floating point that it was made from"
+        )
     if naming == "ours":
-        found = {name: found[key] for key, name in _kind_names(found).items()}
+        found = {name: found[key] for key, name in kind_names(found).items()}
     form = form_of(found)
     if form is None:
         raise ValueError(
             f"{path} holds no block, or branches and fused convolutions at once, so it is neither a train form nor a "
             "deploy form. Write it again from one model"
         )
-    return Weights(path, naming, form, found)
+    return Weights(path, naming, form, found, metadata)
 
 
 def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep", assign: bool = False) -> None:
@@ -219,7 +237,7 @@ def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep", assig
         ValueError: the other form, or a classifier of other classes.
     """
     own = net.state_dict()
-    names = _kind_names(own)
+    names = kind_names(own)
     _require_fit({names[key]: tensor for key, tensor in own.items()}, weights, head)
     for key, kind in names.items():
         if kind in weights.state and not (head == "fresh" and kind.startswith("head.")):
@@ -232,7 +250,7 @@ def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep", assig
 def fits(net: nn.Module, weights: Weights) -> bool:
     """Whether ``net``, which may be on the meta device, has the file's form and shapes up to the classifier."""
     own = net.state_dict()
-    names = _kind_names(own)
+    names = kind_names(own)
     try:
         _require_fit({names[key]: tensor for key, tensor in own.items()}, weights, "fresh")
     except ValueError:
@@ -246,13 +264,25 @@ def distance(net: nn.Module, weights: Weights) -> tuple[int, int]:
     ``net`` may be on the meta device. Of two variants of one design the first number is 0.
     """
     own = net.state_dict()
-    names = _kind_names(own)
+    names = kind_names(own)
     ours, theirs = (
         {key: t.shape for key, t in state.items() if not key.startswith("head.")}
         for state in ({names[key]: tensor for key, tensor in own.items()}, weights.state)
     )
-    alone = [key for key in ours.keys() ^ theirs.keys() if not key.endswith(".num_batches_tracked")]
+    alone = [key for key in ours.keys() ^ theirs.keys() if not key.endswith(COUNTER)]
     return len(alone), sum(ours[key] != theirs[key] for key in ours.keys() & theirs.keys())
+
+
+def damage(weights: Weights) -> list[str]:
+    """What no training leaves in a file: values that are not finite, and negative variances."""
+    table, found = NAMINGS[weights.naming], []
+    for key, tensor in weights.state.items():
+        name = table.theirs(key) or key
+        if not_finite := int((~torch.isfinite(tensor)).sum()):
+            found.append(f"{name} has {not_finite} values that are not finite")
+        elif key.endswith(".running_var") and (tensor < 0).any():
+            found.append(f"{name} has negative variances")
+    return found if len(found) <= 3 else [*found[:3], f"{len(found) - 3} more tensors"]
 
 
 def initialize(net: nn.Module, weights: Weights) -> str:
@@ -287,39 +317,6 @@ def form_of(state: Iterable[str]) -> Form | None:
     return forms.pop() if len(forms) == 1 else None
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path.absolute()}")
-    try:
-        # Files from before torch 1.6 are no zip files and cannot be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error.__cause__, ImportError):  # of the package that torch reads .safetensors with
-            raise ValueError(f"{path} needs one more package: pip install safetensors") from error
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a Python object, {found[1]}" if found else (str(error) or "it ends early").splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read as tensors alone ({reason}). Either it is no whole checkpoint, or it needs code to "
-            "be run, which a file from elsewhere is not trusted with here. Where you trust it, keep its tensors only: "
-            "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH)"
-        ) from error
-    lightning = isinstance(content, Mapping) and "pytorch-lightning_version" in content
-    while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in ("state_dict", "model") if key in content), None)
-        if inner is None:
-            raise ValueError(f"{path} holds no tensors under state_dict or model; it has {_some(map(str, content))}")
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds no named tensors, but {type(content).__name__}: save a model's state_dict()")
-    state = {str(key): tensor for key, tensor in content.items()}
-    # Beside its network a LightningModule may keep other state, of a loss or a metric.
-    network = {key: tensor for key, tensor in state.items() if key.startswith("net.")}
-    return network if lightning and network else state
-
-
 def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
     while True:
@@ -332,7 +329,7 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- names and shapes -----------------------------------------------------------------------------------------------
 
 
-def _kind_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+def kind_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Our keys, and the same with kinds of branches for their numbers; a second one of a kind is ``3x3#2``."""
     branches: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
@@ -381,7 +378,7 @@ def _require_fit(own: Mapping[str, Tensor], weights: Weights, head: Head) -> Non
 
     ours = {key: tensor for key, tensor in own.items() if wanted(key)}
     theirs = {key: tensor for key, tensor in weights.state.items() if wanted(key)}
-    missing = [key for key in ours if key not in theirs and not key.endswith(".num_batches_tracked")]
+    missing = [key for key in ours if key not in theirs and not key.endswith(COUNTER)]
     surplus = [key for key in theirs if key not in ours]
     reshaped = [key for key, tensor in ours.items() if key in theirs and tensor.shape != theirs[key].shape]
     if not (missing or surplus or reshaped):
@@ -395,7 +392,7 @@ def _require_fit(own: Mapping[str, Tensor], weights: Weights, head: Head) -> Non
     naming = NAMINGS[weights.naming]
 
     def shown(keys: list[str]) -> str:
-        return _some([naming.theirs(key) or key for key in keys])
+        return some([naming.theirs(key) or key for key in keys])
 
     counts = [f"{len(missing)} tensors are missing ({shown(missing)})"] if missing else []
     counts += [f"{len(surplus)} tensors are too many ({shown(surplus)})"] if surplus else []
@@ -453,8 +450,3 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
         parts.append("squeeze-and-excitation")
     parts.append(f"{len(state['head.weight'])} classes" if "head.weight" in state else "no classifier")
     return "; ".join(parts)
-
-
-def _some(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (" …" if len(names) > count else "")

@@ -1,0 +1,6 @@
+def forward(
+    dtype: int, threads: int, relu: bool, rows: int, columns: int, dy: int, y: int, terms: tuple[tuple[float, ...], ...]
+) -> None: ...
+def backward(
+    dtype: int, threads: int, relu: bool, rows: int, columns: int, dy: int, y: int, terms: tuple[tuple[float, ...], ...]
+) -> None: ...
