@@ -197,6 +197,7 @@ def main(cfg: DictConfig) -> None:
         # Heavy imports from here on: a wrong command has been answered by now.
         runtimes = installed_runtimes(cfg, to)
         import torch
+        import torch.nn.functional as F
 
         from repvgg.checkpoints import load_network
         from repvgg.deploy.check import compare, require_close
@@ -216,6 +217,8 @@ def main(cfg: DictConfig) -> None:
         pixels, what = images_of(cfg, preprocessing)
         net, mean, std = network.net, preprocessing.mean, preprocessing.std
         names = classes_of(cfg, cfg.net.num_classes)
+        # With free sizes, another one too; the same images, enlarged.
+        sizes = [(crop.size, crop.size), (crop.size + 9, crop.size + 32)][: 1 + cfg.dynamic_size]
         with beside(out) as file:
             (export_onnx if to == "onnx" else export_pt2)(
                 net,
@@ -227,16 +230,17 @@ def main(cfg: DictConfig) -> None:
                 std=std if cfg.normalize else None,
             )
             shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
-            normalized = [(batch.float() - shift) / scale for batch in pixels]
-            with torch.inference_mode():
-                logits = [net(images) for images in normalized]
-            inputs = [batch.float() for batch in pixels] if cfg.normalize else normalized
             print(f"Against torch {torch.__version__}, float32, {what}:")
-            for runtime in runtimes:
-                program = load_program(file, runtime)
-                found = compare(program, zip(inputs, logits, strict=True))
-                print(f"  {runtime} {program.version}: {found}", flush=True)
-                require_close(program, found, cfg.tolerance)
+            for height, width in sizes:
+                scaled = [F.interpolate(batch.float(), (height, width), mode="bilinear") for batch in pixels]
+                normalized = [(batch - shift) / scale for batch in scaled]
+                with torch.inference_mode():
+                    logits = [net(batch) for batch in normalized]
+                for runtime in runtimes:
+                    program = load_program(file, runtime)
+                    found = compare(program, zip(scaled if cfg.normalize else normalized, logits, strict=True))
+                    print(f"  {runtime} {program.version}, {height} × {width}: {found}", flush=True)
+                    require_close(program, found, cfg.tolerance)
             size = file.stat().st_size
         pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
