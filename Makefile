@@ -8,12 +8,13 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What ffcv's build and the JPEG decoders need from the system.
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config build-essential python3-dev python3-venv
 
-.PHONY: help demo test test-all lint format types setup system clean
+.PHONY: help demo test test-all lint format types setup peers system clean
 help:
 	@echo "make demo      set up, then train the four ablations of Table 6 on handwritten digits (CPU, minutes)"
 	@echo "make test      set up, then the tests that take seconds"
 	@echo "make test-all  the slow ones too"
 	@echo "make lint      ruff; make types: mypy; make format: ruff format"
+	@echo "make peers     timm, for benchmark.py --against timm"
 	@echo "make setup     system libraries, $(VENV), pinned packages"
 
 demo: setup
@@ -38,8 +39,13 @@ types: setup
 
 setup: $(VENV)/.installed
 
-# Made anew when a pin or the compiled extension changes.
-$(VENV)/.installed: pyproject.toml constraints.txt src/repvgg/data/_decode.c | system
+# What `benchmark.py … --against timm` compares with. Apart from $(VENV), which must not see this torchvision: PyPI's is
+# of CUDA's build. The three are those of repvgg.bench.sides.INSTALL_TIMM.
+peers: setup
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target .peers timm==1.0.31 torchvision==0.28.0 huggingface_hub==1.0.0
+
+# Made anew when a pin or a compiled extension changes.
+$(VENV)/.installed: pyproject.toml constraints.txt src/repvgg/data/_decode.c src/repvgg/model/_normsum.cpp | system
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@

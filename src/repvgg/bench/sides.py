@@ -20,8 +20,11 @@ from repvgg.cli import ROOT
 from repvgg.model import equivalence, to_deploy
 
 OURS = "ours"
+#: Where `make peers` puts timm. Not into the environment: torchmetrics imports a torchvision that it finds there, and
+#: PyPI's is of CUDA's build, which does not load beside a CPU's torch.
+PEERS = ROOT / ".peers"
 #: Not a dependency. --no-deps, because torchvision would pull in another torch; these three run beside the pinned one.
-INSTALL_TIMM = "pip install --no-deps timm==1.0.31 torchvision==0.28.0 huggingface_hub==1.0.0"
+INSTALL_TIMM = "pip install --no-deps --target .peers timm==1.0.31 torchvision==0.28.0 huggingface_hub==1.0.0"
 #: Two forms whose float32 logits are further apart than this (relative L2) are not one function.
 TOLERANCE = 1e-3
 
@@ -90,6 +93,8 @@ def import_timm() -> Any:
     Raises:
         ValueError: it is not installed.
     """
+    if PEERS.is_dir() and str(PEERS) not in sys.path:
+        sys.path.append(str(PEERS))
     try:
         _import_torchvision()
         return importlib.import_module("timm")
