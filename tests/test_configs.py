@@ -27,6 +27,7 @@ from support.paper import (
 )
 
 CONF = ROOT / "conf"
+EXPERIMENTS = ["table4", "table6", "table7", "int8"]
 
 
 def options(group: str) -> list[str]:
@@ -91,7 +92,7 @@ def test_every_model_and_ablation_builds_its_module(model: str, ablation: str) -
     assert count_parameters(to_deploy(module.net)) == deploy_params
 
 
-@pytest.mark.parametrize("table", ["table4", "table6", "table7"])
+@pytest.mark.parametrize("table", EXPERIMENTS)
 def test_an_experiment_sweeps_the_rows_of_its_table(table: str) -> None:
     content, experiment = (OmegaConf.load(ROOT / d / f"{table}.yaml") for d in ("experiments", "conf/experiment"))
     group = "model" if "models" in content.paper else "ablation"
@@ -102,7 +103,7 @@ def test_an_experiment_sweeps_the_rows_of_its_table(table: str) -> None:
     assert set(rows) <= set(options(group))
 
 
-@pytest.mark.parametrize("table", ["table4", "table6", "table7"])
+@pytest.mark.parametrize("table", EXPERIMENTS)
 def test_the_commands_of_an_experiment_compose(table: str) -> None:
     commands = OmegaConf.load(ROOT / "experiments" / f"{table}.yaml").commands
     for name, command in commands.items():
@@ -117,16 +118,17 @@ def test_the_commands_of_an_experiment_compose(table: str) -> None:
         assert composed.experiment == table
 
 
-@pytest.mark.parametrize("table", ["table4", "table6", "table7"])
+@pytest.mark.parametrize("table", EXPERIMENTS)
 def test_the_cost_of_an_experiment_is_arithmetic(table: str) -> None:
     """Multiply-adds of its runs with one seed: three times a forward pass's, on 1,281,167 images an epoch."""
     content = OmegaConf.load(ROOT / "experiments" / f"{table}.yaml")
     sweep = OmegaConf.load(ROOT / "conf" / "experiment" / f"{table}.yaml").hydra.sweeper.params
     ((group, rows),) = sweep.items()
+    fixed = [] if group == "model" else [f"model={content.paper.model}"]
     total = 0
     for row in rows.split(","):
         with torch.device("meta"):
-            net = instantiate(config(f"{group}={row}").net)
+            net = instantiate(config(*fixed, f"{group}={row}").net)
         total += 3 * count_macs(net, (3, 224, 224)) * 1_281_167 * content.cost.epochs
     assert content.cost.multiply_adds == pytest.approx(total, rel=0.01)
 
@@ -201,6 +203,19 @@ def test_recipes_keep_to_their_sources() -> None:
     for recipe in options("recipe"):  # what the authors' older script had is never a default
         node = config(f"recipe={recipe}").recipe
         assert (node.decay_identity_gamma, node.bias_lr_factor, node.custom_l2) == (False, 1, False), recipe
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_int8_is_one_option_for_training_and_evaluation(backend: str) -> None:
+    assert instantiate(config().quantizer) is None
+    assert instantiate(config().callbacks.int8) is None
+    for root in ("train", "evaluate"):
+        cfg = config(f"int8={backend}", "quantizer.images=64", root=root)
+        made = instantiate(cfg.quantizer)
+        assert (made.backend, made.images, made.method, made.per_channel) == (backend, 64, "minmax", True)
+        assert made.file == Path(cfg.data.train_file)
+    callback = instantiate(config(f"int8={backend}").callbacks.int8)
+    assert callback.quantizer.backend == backend
 
 
 def test_callbacks_build() -> None:

@@ -207,3 +207,16 @@ def test_settings_that_a_choice_was_given_are_said(make_run: Make, tmp_path: Pat
         make_run(seed, seed=seed, config=config)
     said = page.facts(compare(read_runs([str(tmp_path)])[0]))
     assert "Settings: a = 0.25, batch 64, lr 0.05 (1 run); a = 1, batch 64, lr 0.05 (1 run)" in said
+
+
+def test_int8_stands_beside_the_other_forms(make_run: Make, tmp_path: Path) -> None:
+    for ablation, seed, int8 in (("full", 1, 0.5), ("full", 2, 0.25), ("qarepvgg", 1, 0.75), ("qarepvgg", 2, 0.75)):
+        forms = {"test/top1": 0.75, "test/deploy/top1": 0.75, "test/int8/top1": int8, "int8/rel_l2_diff": 0.5}
+        make_run(f"{ablation}-{seed}", ablation, seed=seed, metrics=forms)
+    compared = compare(read_runs([str(tmp_path)])[0])
+    text = page.markdown(compared, {})
+    assert "int8 changes the deploy form's top-1, in the mean: full -37.50 pp, qarepvgg +0.00 pp." in text
+    header, _, full, qarepvgg = page.tables(compared)["forms"].splitlines()
+    assert "| top-1 int8 [%] | int8 − deploy [pp] | int8 logits rel. L2 difference |" in header
+    assert "| 37.50 ± 17.68 | -37.50 ± 17.68 | 5.0e-01 |" in full
+    assert "| 75.00 ± 0.00 | +0.00 ± 0.00 | 5.0e-01 |" in qarepvgg

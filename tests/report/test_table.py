@@ -149,3 +149,17 @@ def test_the_terminal_table_shows_every_digit_at_any_width(make_run: Make, paper
         assert text.count(value) == count, (value, text)
     assert "[images/s]" in text, "rich would take it for markup"
     assert "…" not in text
+
+
+def test_int8_has_columns_where_a_run_measured_it(make_run: Make, paper: table.Paper) -> None:
+    measured = {"test/top1": 0.75, "test/deploy/top1": 0.74, "test/int8/top1": 0.5, "int8/rel_l2_diff": 0.125}
+    # of another source than the other forms: the last validation's
+    validated = {"test/top1": 0.75, "test/deploy/top1": 0.74, "val/int8/top1": 0.6, "int8/rel_l2_diff": 0.5}
+    records = [make_run("a", metrics=measured), make_run("b", metrics=validated), make_run("c")]
+    frame = table.table(records, paper)
+    assert frame[table.TOP1_INT8].tolist()[0] == 50
+    assert frame[table.INT8_DIFF].tolist()[0] == pytest.approx(-24)
+    assert frame[table.INT8_LOGIT_DIFF].tolist()[0] == 0.125
+    assert frame.loc[1:, [table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF]].isna().all(axis=None)
+    assert "| 50.00 | -24.00 | 1.2e-01 |" in table.to_markdown(frame)
+    assert not {table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF} & {*table.table(records[2:], paper).columns}

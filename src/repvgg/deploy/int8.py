@@ -116,6 +116,37 @@ def _generators_kept() -> Iterator[None]:
         yield
 
 
+#: Loggers, and the least that they may say meanwhile: onnx's tools report every pass; torch's exporter, that there is
+#: no torchvision; torchao 0.18, on import, extensions for GPUs that this torch cannot load and a missing triton, and
+#: torch then that torchao registers its constants in an outdated way.
+_TALKATIVE = {
+    "onnx_ir": logging.WARNING,
+    "onnxruntime": logging.WARNING,
+    "onnxscript": logging.WARNING,
+    "torch.onnx._internal.exporter._registration": logging.ERROR,
+    "torch.utils._pytree": logging.ERROR,
+    "torchao": logging.ERROR,
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries say of themselves."""
+    loggers = {logging.getLogger(name): level for name, level in _TALKATIVE.items()}
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints progress
+            # torch 2.13's own use of its own outdated parts
+            warnings.filterwarnings("ignore", ".torch.jit.script_method. is deprecated", DeprecationWarning)
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
 # --- torch ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +203,7 @@ def _quantize_torch(
 ) -> TorchInt8:
     import torch.fx.experimental._config as symbolic_shapes
 
-    with _torchao_quiet():
+    with _quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
@@ -224,35 +255,13 @@ def _compiled(graph: fx.GraphModule) -> Callable[[Tensor], Tensor]:
     def call(images: Tensor) -> Tensor:
         import torch._inductor.config as inductor
 
-        with inductor.patch(freezing=True):
+        with inductor.patch(freezing=True), warnings.catch_warnings():
+            # Inductor 2.13's own copying of a zero point
+            warnings.filterwarnings("ignore", "To copy construct from a tensor", UserWarning)
             logits: Tensor = compiled(images)
         return logits
 
     return call
-
-
-@contextlib.contextmanager
-def _torchao_quiet() -> Iterator[None]:
-    """Without what torchao 0.18 says of itself where it is imported and used with torch 2.13.
-
-    Of GPU extensions that a CPU build of torch cannot load, and of registrations that torch calls outdated.
-    """
-
-    def unwanted(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not (text.startswith("Failed to load") or "register_constant" in text)
-
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    for logger in loggers:
-        logger.addFilter(unwanted)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(unwanted)
 
 
 # --- onnxruntime ----------------------------------------------------------------------------------------------------
@@ -305,7 +314,8 @@ def _quantize_onnxruntime(
     _, channels, height, width = batches[0].shape
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory) / "float.onnx", Path(directory) / "int8.onnx"
-        export_onnx(net, source, input_size=(channels, height, width))
+        with _quiet():
+            export_onnx(net, source, input_size=(channels, height, width))
         quantize_onnx(source, target, batches, method=method, per_channel=per_channel)
         return OnnxRuntimeInt8(target)
 
@@ -349,7 +359,7 @@ def quantize_onnx(
         "entropy": CalibrationMethod.Entropy,
         "percentile": CalibrationMethod.Percentile,
     }
-    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):  # it prints progress
+    with tempfile.TemporaryDirectory() as directory, _quiet():
         prepared, quantized = Path(directory) / "prepared.onnx", Path(directory) / "int8.onnx"
         quant_pre_process(source, prepared)
         quantize_static(

@@ -120,9 +120,10 @@ def conclusion(name: str, status: str, metrics: Mapping[str, float], directory: 
     """One line on what came of it, and where it is."""
     parts = [status]
     if "test/top1" in metrics:
+        int8 = f", {metrics['test/int8/top1']:.2%} in int8" if "test/int8/top1" in metrics else ""
         parts.append(
             f"epoch {metrics['test/best_epoch']:.0f} was best: top-1 {metrics['test/top1']:.2%} as trained, "
-            f"{metrics['test/deploy/top1']:.2%} deployed"
+            f"{metrics['test/deploy/top1']:.2%} deployed{int8}"
         )
     if "bench/speedup" in metrics:
         train_form, deploy = (metrics[f"bench/{form}/images_per_s"] for form in ("train_form", "deploy"))

@@ -113,6 +113,7 @@ def _forms(comparison: Comparison) -> str:
                 **_named(comparison, group),
                 **{name: _spread(group, name) for name in (table.PARAMS_TRAIN, table.PARAMS_DEPLOY)},
                 **{name: _spread(group, name) for name in (table.TOP1_DIFF, table.LOGIT_DIFF)},
+                **{name: _spread(group, name) for name in (table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF)},
                 **{name: _spread(group, name) for name in (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP)},
                 f"{words} speed, × {comparison.reference}": "" if ours is None else f"{ours:.2f}",
                 "paper": "" if ours is None or theirs is None or not of_base else f"{theirs / of_base:.2f}",
@@ -128,11 +129,12 @@ def _named(comparison: Comparison, group: Group) -> dict[str, str]:
 
 
 def _spread(group: Group, column: str) -> str:
-    spread = group.spread(column)
+    spread = group.spread(column) if column in group.values else None
     if spread is None:
         return ""
     text = table.NUMBERS[column]
-    with_sd = spread.sd is not None and column not in (table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.LOGIT_DIFF)
+    without = (table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.LOGIT_DIFF, table.INT8_LOGIT_DIFF)
+    with_sd = spread.sd is not None and column not in without
     return (
         f"{text(spread.mean)} ± {text(spread.sd).lstrip('+')}"
         if with_sd and spread.sd is not None
@@ -363,6 +365,10 @@ def reading(comparison: Comparison) -> list[str]:
             if max(gaps) < EQUAL
             else f"The two forms of a run differ by at most {max(gaps):.2f} percentage points of top-1."
         )
+    quantized = [(g, _of_int8(g)) for g in comparison.groups]
+    if any(change is not None for _, change in quantized):
+        changes = ", ".join(f"{_escaped(g.label)} {change:+.2f} pp" for g, change in quantized if change is not None)
+        lines.append(f"int8 changes the deploy form's top-1, in the mean: {changes}.")
     ups = [float(up) for group in comparison.groups for up in group.values[table.SPEED_UP].dropna()]
     if ups:
         lines.append(
@@ -384,6 +390,11 @@ def reading(comparison: Comparison) -> list[str]:
             f"Order of our means and of the paper's {comparison.paper.name}: Kendall's τ = {tau:+.2f}, n = {n}."
         )
     return lines
+
+
+def _of_int8(group: Group) -> float | None:
+    spread = group.spread(table.INT8_DIFF) if table.INT8_DIFF in group.values else None
+    return spread and spread.mean
 
 
 def _named_differences(of: Sequence[tuple[Group, Difference]]) -> str:

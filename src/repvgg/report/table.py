@@ -151,6 +151,8 @@ RUN, STATUS, MODEL, ABLATION, SEED = "run", "status", "model", "ablation", "seed
 PARAMS_TRAIN, PARAMS_DEPLOY = "parameters train form", "parameters deploy"
 TOP1_TRAIN, TOP1_DEPLOY, TOP1_DIFF = "top-1 train form [%]", "top-1 deploy [%]", "deploy − train form [pp]"
 LOGIT_DIFF = "logits rel. L2 difference"
+#: Of runs with int8=…; in no table without one.
+TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF = "top-1 int8 [%]", "int8 − deploy [pp]", "int8 logits rel. L2 difference"
 SPEED_TRAIN, SPEED_DEPLOY, SPEED_UP = "train form [images/s]", "deploy [images/s]", "speed-up [×]"
 PAPER_TOP1 = "paper top-1 [%]"
 PAPER_SPEED = {"train_form": "paper train form [images/s]", "deploy": "paper deploy [images/s]"}
@@ -162,6 +164,9 @@ NUMBERS: dict[str, Callable[[float], str]] = {
     TOP1_DEPLOY: _percent,
     TOP1_DIFF: lambda value: f"{value:+.2f}",
     LOGIT_DIFF: lambda value: f"{value:.1e}",
+    TOP1_INT8: _percent,
+    INT8_DIFF: lambda value: f"{value:+.2f}",
+    INT8_LOGIT_DIFF: lambda value: f"{value:.1e}",
     SPEED_TRAIN: _rate,
     SPEED_DEPLOY: _rate,
     SPEED_UP: lambda value: f"{value:.2f}",
@@ -181,16 +186,22 @@ def top1(record: RunRecord) -> tuple[float | None, float | None, str]:
     return record.metrics.get(f"{source}/top1"), record.metrics.get(f"{source}/deploy/top1"), source
 
 
+def int8_top1(record: RunRecord) -> float | None:
+    """Top-1 of the int8 form, a fraction of 1, from where :func:`top1` has the others."""
+    return record.metrics.get(f"{top1(record)[2]}/int8/top1")
+
+
 def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
     """One row per run in the given order, whatever its status; what a run did not measure is missing.
 
-    Of the paper's speeds there is the form's that its table has.
+    Of the paper's speeds there is the form's that its table has. Columns of int8 are there if any run measured it.
     """
     import pandas as pd
 
     rows = []
     for record in records:
         train, deploy, _ = top1(record)
+        int8 = int8_top1(record)
         metrics = record.metrics
         rows.append(
             {
@@ -205,6 +216,9 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 TOP1_DEPLOY: _times(100, deploy),
                 TOP1_DIFF: None if train is None or deploy is None else 100 * (deploy - train),
                 LOGIT_DIFF: metrics.get("reparam/rel_l2_diff"),
+                TOP1_INT8: _times(100, int8),
+                INT8_DIFF: None if int8 is None or deploy is None else 100 * (int8 - deploy),
+                INT8_LOGIT_DIFF: None if int8 is None else metrics.get("int8/rel_l2_diff"),
                 SPEED_TRAIN: metrics.get("bench/train_form/images_per_s"),
                 SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
                 SPEED_UP: metrics.get("bench/speedup"),
@@ -213,6 +227,8 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
             }
         )
     others = {name for form, name in PAPER_SPEED.items() if form != (paper.speed or "train_form")}
+    if all(row[TOP1_INT8] is None for row in rows):
+        others |= {TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF}
     numbers = [name for name in NUMBERS if name not in others]
     frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *numbers])
     counts = dict.fromkeys((SEED, PARAMS_TRAIN, PARAMS_DEPLOY), "Int64")
