@@ -140,7 +140,7 @@ def compare(network: Network, fold_dtype: "dtype") -> dict[str, str]:
         if dtype == torch.float64 and not found.rel_l2 <= allowed:
             raise ValueError(
                 f"{network.weights.path}: the two forms differ by {found}, more than the {allowed:.1g} that rounding "
-                "may explain: a branch does not fuse as it computes, or the weights are not those of a trained network. "
+                "may explain: a branch does not fuse as it computes, or these are no weights of a trained network. "
                 "check=false converts it all the same"
             )
         numbers = {"max_abs": found.max_abs, "rel_l2": found.rel_l2, "top1_agreement": found.top1_agreement}

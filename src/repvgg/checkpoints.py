@@ -109,8 +109,13 @@ def load_network(
             f"{checkpoint} is a deploy form ({weights.naming} naming), and branches cannot be recovered from their "
             "sum: form=train needs the file that it was converted from; form=deploy takes this one"
         )
+    if weights.num_classes is None:
+        raise ValueError(
+            f"{checkpoint} has no classifier, so it is no whole network. A training can begin with it, which adds one: "
+            f"python src/train.py init_from={checkpoint}"
+        )
     settled = settle(config_name, checkpoint, typed)
-    if weights.num_classes is not None and not {"net.num_classes", "data.num_classes"} & set(map(_key, typed)):
+    if not {"net.num_classes", "data.num_classes"} & set(map(_key, typed)):
         settled.cfg.net.num_classes = weights.num_classes
     with torch.device("meta"):
         net: nn.Module = instantiate(settled.cfg.net)

@@ -1,8 +1,6 @@
 """Files of every naming, form and wrapping give the network that they were written from."""
 
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -155,19 +153,6 @@ def test_what_timm_leaves_in_a_deployed_network_is_ignored(tmp_path: Path) -> No
     net = ours(deploy=True)
     load_weights(net, read_weights(saved(state, tmp_path / "timm.pth")))
     assert_same_logits(net, reference, images())
-
-
-def test_safetensors_are_read_where_the_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"read by the package alone")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        read_weights(path)
-    package = ModuleType("safetensors")
-    package.torch = SimpleNamespace(load_file=lambda file, device: oracle().state_dict())
-    monkeypatch.setitem(sys.modules, "safetensors", package)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", package.torch)
-    assert read_weights(path).naming == "official"
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

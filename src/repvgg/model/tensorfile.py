@@ -131,10 +131,10 @@ def _is_part(tensor: Tensor) -> bool:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Bit for bit: a NaN equals itself here."""
+    """Value for value: a NaN equals itself here."""
     if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
