@@ -134,7 +134,7 @@ def export_pt2(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # of this machine
     extra = {METADATA_FILE: json.dumps(described, indent=1, ensure_ascii=False)}
-    with replacing(path) as file:
+    with replacing(path) as file, _quiet():
         torch.export.save(program, file, extra_files=extra)
 
 
@@ -199,7 +199,11 @@ def _captured(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the passes' diary, and torch 2.13's warning of its own use of its own pytree."""
+    """Without the passes' diary, and without warnings of torch 2.13 about itself.
+
+    Of its own use of its own pytree, and of weights in channels_last, which it takes for parts of others and stores
+    whole all the same.
+    """
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -207,6 +211,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            warnings.filterwarnings("ignore", "No complete tensor found in the group!", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -109,8 +108,6 @@ class _OpenVino(Program):
     runtime = "openvino"
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
-        # It would send Intel which file was read, from a forked process. Without that package it sends nothing.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
 
         core = openvino.Core()
