@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from repvgg.deploy.preprocess import Preprocessing
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+#: Packages that write a format, beside torch.
+WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript"), "pt2": ()}
 #: What train.yaml has and an export does not read.
 OF_TRAINING = ("recipe", "callbacks", "bench", "module", "trainer", "logger", "init_from", "ckpt_path", "seed")
 BATCH = 32
 
 
-def check(cfg: DictConfig) -> tuple[str, Path]:
+def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
     """What can be wrong before anything is imported; the format and the file to write."""
-    typed = [
-        o for o in HydraConfig.get().overrides.task if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING
-    ]
-    if typed:
-        raise ValueError(f"{' '.join(typed)}: an export does not read {', '.join(OF_TRAINING)}")
+    ignored = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING]
+    if ignored:
+        raise ValueError(f"{' '.join(ignored)}: an export does not read {', '.join(OF_TRAINING)}")
     if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
         missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
         raise ValueError(f"{missing}. Of a run it is\n  python src/export.py ckpt=RUN/checkpoints/best.ckpt")
@@ -50,6 +50,11 @@ def check(cfg: DictConfig) -> tuple[str, Path]:
         raise ValueError(f"images={cfg.images} must be a whole number of at least 1")
     if not isinstance(cfg.tolerance, int | float) or not cfg.tolerance > 0:
         raise ValueError(f"tolerance={cfg.tolerance} must be a positive number")
+    if not {"size", "ratio"} <= set(cfg.data.val_transform):
+        raise ValueError(
+            f"data.val_transform={cfg.data.val_transform.get('_target_')}: an exported file describes a CenterCrop, of "
+            "size= and ratio="
+        )
     for path in [*check_paths(cfg), *([] if cfg.classes is None else [cfg.classes])]:
         if not Path(path).exists():
             key = "classes" if path == cfg.classes else "check_images"
@@ -80,18 +85,22 @@ def target(cfg: DictConfig) -> tuple[str, Path]:
     return to, out
 
 
-def installed_runtimes(cfg: DictConfig, to: str) -> list[str]:
-    """What runs files of this format here, or what was asked for."""
+def usable_runtimes(cfg: DictConfig, to: str) -> list[str]:
+    """What checks files of this format: all that is installed, or what was asked for."""
     from importlib.util import find_spec
 
     from repvgg.deploy.runtimes import RUNTIMES
 
     known = RUNTIMES[SUFFIXES[to]]
     if cfg.runtimes is None:
-        return [runtime for runtime in known if find_spec(runtime) is not None] or [known[0]]
-    wanted = list(cfg.runtimes) if isinstance(cfg.runtimes, ListConfig) else [str(cfg.runtimes)]
+        wanted = [runtime for runtime in known if find_spec(runtime) is not None] or [known[0]]
+    else:
+        wanted = list(cfg.runtimes) if isinstance(cfg.runtimes, ListConfig) else [str(cfg.runtimes)]
     if not wanted or not set(wanted) <= set(known):
         raise ValueError(f"runtimes={wanted}: with to={to} choose from {', '.join(known)}")
+    missing = [package for package in (*WRITERS[to], *wanted) if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"to={to} needs {', '.join(missing)}, which this Python lacks: pip install -e '.[deploy]'")
     return wanted
 
 
@@ -192,10 +201,11 @@ def beside(out: Path) -> Iterator[Path]:
 def main(cfg: DictConfig) -> None:
     """Check, build, write, compare."""
     with clear_errors():
-        to, out = check(cfg)
+        typed = list(HydraConfig.get().overrides.task)
+        to, out = check(cfg, typed)
+        runtimes = usable_runtimes(cfg, to)
 
         # Heavy imports from here on: a wrong command has been answered by now.
-        runtimes = installed_runtimes(cfg, to)
         import torch
         import torch.nn.functional as F
 
@@ -205,7 +215,6 @@ def main(cfg: DictConfig) -> None:
         from repvgg.deploy.preprocess import Preprocessing
         from repvgg.deploy.runtimes import load_program
 
-        typed = list(HydraConfig.get().overrides.task)
         network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
         cfg = network.settled.cfg
         if network.settled.origin:
