@@ -60,6 +60,7 @@ def main() -> None:
     choose(command, "precisions", PRECISIONS[:2], PRECISIONS[:1], "bfloat16 is autocast")
     choose(command, "runtimes", TORCH_RUNTIMES, TORCH_RUNTIMES[:1], "torch.compile or not")
     choose(command, "layouts", LAYOUTS, LAYOUTS[:1], "memory format of networks and images")
+    command.add_argument("--unfused", action="store_true", help="also this repository's blocks, layer by layer")
     compared(command, batch=32, warmup=2, batches=10, rounds=5)
 
     command = add("convert", convert, ("rounds", "batches", "threads"))

@@ -188,12 +188,16 @@ def inference(arguments: argparse.Namespace) -> str:
                 made.append(write_file(work, directory) if setting.runtime in FILE_RUNTIMES else work)
         return made, missing
 
-    return benchmark.run("inference", "Inference, measured", works, f"{PEAK} weights and images; {AT_REST}")
+    return benchmark.run("inference", "Inference, measured", works, f"{PEAK} weights and images. {AT_REST}")
 
 
 def train(arguments: argparse.Namespace) -> str:
     """Time and memory of training steps: forward, loss, backward, SGD with momentum."""
     benchmark = Benchmark(arguments)
+    if arguments.unfused:
+        from repvgg.bench.sides import ours_unfused
+
+        benchmark.sides.append(ours_unfused())
     settings = training_settings(arguments.precisions, arguments.runtimes, arguments.layouts)
 
     from repvgg.bench.programs import Training
@@ -208,7 +212,7 @@ def train(arguments: argparse.Namespace) -> str:
         ]
         return made, missing
 
-    memory = f"{PEAK} weights, momenta and images, gradients not being there after a step; {AT_REST}"
+    memory = f"{PEAK} weights, momenta and images; gradients are part of it. {AT_REST}"
     return benchmark.run("train", "Training steps, measured", works, memory)
 
 
@@ -228,7 +232,7 @@ def convert(arguments: argparse.Namespace) -> str:
         return made, [reason for reason in reasons.values() if reason is not None]
 
     return benchmark.run(
-        "convert", "Conversion, measured", works, f"{PEAK} the train form; the new network is part of it"
+        "convert", "Conversion, measured", works, f"{PEAK} the train form; the new network is part of it."
     )
 
 
@@ -236,4 +240,7 @@ PEAK = (
     "on a processor, how far a fresh process grows in resident memory (freed blocks are given back at once), and on a "
     "GPU how far torch's allocations do, above"
 )
-AT_REST = "torch: after a first call, which may compile; ONNX Runtime and OpenVINO keep what they take, and it counts"
+AT_REST = (
+    "Of torch it is measured after a first call, which may compile; ONNX Runtime and OpenVINO keep what they take at "
+    "the first call, so of them it counts."
+)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from repvgg.bench.programs import Work
+from repvgg.bench.rounds import Program
 
 #: Calls of which the peak is taken.
 CALLS = 2
@@ -61,16 +62,23 @@ def peak(work: Work) -> int:
 
 
 def _on_gpu(work: Work) -> int:
-    program = work.prepare()
-    if work.rests_after_first:
-        program()
-    gc.collect()
+    program = _at_rest(work)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(CALLS):
-        program()
+        program.call()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _at_rest(work: Work) -> Program:
+    """The program, with nothing in memory that it could do without between two calls."""
+    program = work.prepare()
+    if work.rests_after_first:
+        program.call()
+    program.rest()
+    gc.collect()
+    return program
 
 
 def _measure(work: Work, sender: Connection) -> None:
@@ -79,14 +87,11 @@ def _measure(work: Work, sender: Connection) -> None:
     try:
         _return_freed_blocks()
         torch.set_num_threads(work.conditions.threads)
-        program = work.prepare()
-        if work.rests_after_first:
-            program()
-        gc.collect()
+        program = _at_rest(work)
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS from here
         for _ in range(CALLS):
-            program()
+            program.call()
         sender.send(max(0, _status("VmHWM") - before))
     except Exception as error:
         sender.send(f"{type(error).__name__}: {error}")

@@ -48,7 +48,7 @@ class Page:
         if self.memory:
             parts.append(f"Memory: {self.memory}")
         if ours and theirs:
-            parts += ["## Ours beside others", EXPLAINED, comparison_table(ours, theirs)]
+            parts += ["## Ours beside others", comparison(ours, theirs)]
         if self.left_out:
             parts += ["Left out:", "\n".join(f"- {reason}" for reason in self.left_out)]
         return "\n\n".join(parts)
@@ -134,29 +134,25 @@ def lines_table(results: Sequence[Result]) -> str:
     return _table(columns, left=NAMES)
 
 
-EXPLAINED = (
-    "Each line of another implementation, and how many times as fast ours is: under the same conditions, and as it "
-    "comes (channels_last, eager) at the same precision. Ratios are taken within a round: median (smallest … largest)."
-)
-
-
-def comparison_table(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
-    """A row for every line of the others; above 1, ours is faster."""
+def comparison(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
+    """A row for every line of the others, and what it says; above 1, ours is faster."""
     rows = []
     for other in theirs:
         same, default = (_find(ours, other.line, setting) for setting in _counterparts(other.line.setting))
-        if same is None and default is None:
-            continue
-        rows.append((other, same, default))
+        if same is not None or default is not None:
+            rows.append((other, same, default))
     names = [_names(other.line) for other, _, _ in rows]
     columns = {name: [row[name] for row in names] for name in ("model", *SETTING_FIELDS)}
     columns["whose"] = [row["side"] for row in names]
+    explained = "Each line of another implementation, and how many times as fast ours is, under the same conditions"
     columns["ours, same conditions [×]"] = [_ratio(same, other) for other, same, _ in rows]
     if any(same is not default for _, same, default in rows):
+        explained += ", and as it comes (eager, channels_last) at the same precision"
         columns["ours as it comes [×]"] = [_ratio(default, other) for other, _, default in rows]
     columns["memory, ours to theirs"] = [_memory(same, other) for other, same, _ in rows]
     columns["reason"] = [reason(other, [mine for mine in (same, default) if mine]) for other, same, default in rows]
-    return _table(columns, left=NAMES)
+    explained += ". Ratios are taken within a round: median (smallest … largest)."
+    return f"{explained}\n\n{_table(columns, left=NAMES)}"
 
 
 def reason(other: Result, ours: Sequence[Result]) -> str:

@@ -95,7 +95,7 @@ class Work(ABC):
             self.conditions.finish()
             return result
 
-        return run
+        return Program(run)
 
 
 # --- inference ------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Training(Work):
             optimizer.step()
             return loss.detach()
 
-        return self.in_context(step)
+        return replace(self.in_context(step), rest=optimizer.zero_grad)
 
 
 def needs_sliced_inputs(runtime: str, layout: str, device: str) -> bool:

@@ -10,8 +10,22 @@ from statistics import median, quantiles
 
 from repvgg.bench.lines import Line, Setting
 
-#: Does the work once, to its end.
-Program = Callable[[], object]
+
+def _nothing() -> None:
+    """What there is to let go of after most calls."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a line does when its turn comes.
+
+    Attributes:
+        call: does the work once, to its end.
+        rest: lets go of what a call leaves behind only for the next one to drop.
+    """
+
+    call: Callable[[], object]
+    rest: Callable[[], object] = _nothing
 
 
 def visits(lines: Sequence[Line], turn: int, seed: int) -> list[Line]:
@@ -46,13 +60,13 @@ def measure(
     """
     for turn in range(rounds):
         for line in visits(list(programs), turn, seed):
-            program = programs[line]
+            call = programs[line].call
             for _ in range(warmup):
-                program()
+                call()
             times = []
             for _ in range(batches):
                 start = time.perf_counter()
-                program()
+                call()
                 times.append(time.perf_counter() - start)
             yield line, times
 

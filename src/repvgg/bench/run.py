@@ -36,7 +36,7 @@ class Protocol:
 
     def __str__(self) -> str:
         return (
-            f"{self.warmup} calls to warm up and {self.batches} timed at every turn, n = {self.rounds} rounds in "
+            f"warm-up calls {self.warmup} and timed calls {self.batches} at every turn; n = {self.rounds} round(s) in "
             f"which the lines of a variant take turns (order by seed {self.seed})"
         )
 

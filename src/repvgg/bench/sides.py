@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import nn
 
 from repvgg.cli import ROOT
 from repvgg.model import equivalence, to_deploy
+from repvgg.model.fused import unfused
 
 OURS = "ours"
 #: Where `make peers` puts timm. Not into the environment: torchmetrics imports a torchvision that it finds there, and
@@ -83,6 +84,11 @@ def ours() -> Side:
     return Side(OURS, our_net, to_deploy)
 
 
+def ours_unfused() -> Side:
+    """This repository's blocks layer by layer, as others compute them."""
+    return Side(f"{OURS}, unfused", our_net, to_deploy, context=unfused)
+
+
 # --- timm ------------------------------------------------------------------------------------------------------------
 
 
@@ -100,8 +106,8 @@ def import_timm() -> Any:
         return importlib.import_module("timm")
     except ImportError as error:
         raise ValueError(
-            f"--against timm: it cannot be imported ({error}). It is no dependency of this repository:\n"
-            f"  {sys.executable} -m {INSTALL_TIMM}"
+            f"--against timm: it cannot be imported ({error}). It is no dependency of this repository: "
+            f"make peers, or\n  python -m {INSTALL_TIMM}"
         ) from error
 
 
@@ -176,7 +182,8 @@ def _callable(option: str, spec: str) -> Callable[..., Any]:
 
 def _called_net(spec: str, model: str) -> nn.Module:
     try:
-        net = _callable("--against", spec)(model)
+        with redirect_stdout(sys.stderr):  # stdout is for the page
+            net = _callable("--against", spec)(model)
     except Exception as error:
         raise ValueError(f"--against {spec}: {spec}({model!r}) raised {type(error).__name__}: {error}") from error
     if not isinstance(net, nn.Module):
@@ -187,7 +194,8 @@ def _called_net(spec: str, model: str) -> nn.Module:
 def _called_deploy(option: str, spec: str, net: nn.Module) -> nn.Module:
     """``spec`` is of a callable, or of one whose attribute ``deploy`` is meant."""
     found = _callable(option, spec)
-    deployed = (getattr(found, "deploy") if option == "--against" else found)(net)  # noqa: B009
+    with redirect_stdout(sys.stderr):
+        deployed = (getattr(found, "deploy") if option == "--against" else found)(net)  # noqa: B009
     if not isinstance(deployed, nn.Module) or deployed is net:
         what = "the network itself" if deployed is net else f"a {type(deployed).__name__}"
         raise ValueError(f"{option} {spec}: the deploy form must be a new torch.nn.Module, it is {what}")
