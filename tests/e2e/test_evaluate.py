@@ -211,6 +211,14 @@ def test_a_training_begins_with_the_weights_of_a_file(
         ("evaluate", ["ckpt={train}", "resolution=64", "resize=32"], ["resize=32", "resolution="]),
         ("evaluate", ["ckpt={train}", "data.dir=/none"], ["val: /none/val.beton", "python src/write_dataset.py"]),
         ("evaluate", ["ckp={train}"], ["Did you mean ckpt?"]),
+        ("evaluate", ["ckpt={train}", "int8=int4"], ["int8=int4: choose onnxruntime or torch"]),
+        (
+            "evaluate",
+            ["ckpt={train}", "int8=torch", "quantizer.method=max"],
+            ["quantizer.method=max: int8=torch"],
+        ),
+        ("evaluate", ["ckpt={train}", "int8=torch", "forms=train"], ["forms=train leaves out: choose forms=both"]),
+        ("train", ["int8=true"], ["int8=True: choose onnxruntime or torch"]),
         ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
         ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
     ],
@@ -269,6 +277,57 @@ def test_paths_of_sweeps_need_no_quotes(run: Path) -> None:
     assert quote_paths([f"ckpt={best}", "seed=1", f"x={best}"], ["ckpt"]) == [f"ckpt='{best}'", "seed=1", f"x={best}"]
     for unchanged in (f"ckpt='{best}'", "ckpt=a=b", f"ckpt={best},{best}", "-m"):
         assert quote_paths([unchanged], ["ckpt"]) == [unchanged]
+
+
+@pytest.mark.slow
+def test_int8_is_a_third_form(run: Path, tmp_path: Path) -> None:
+    """The same images calibrate it, so that what the training measured comes out again."""
+    best = f"ckpt={run}/checkpoints/best.ckpt"
+    options = ["trainer=cpu", "int8=onnxruntime", "quantizer.images=100"]
+    done = python("evaluate", best, *options, f"hydra.run.dir={tmp_path}")
+    metrics = record(tmp_path)["metrics"]
+    assert {f"eval/int8/{name}" for name in ("top1", "top5", "loss")} <= metrics.keys()
+    assert 0 < metrics["int8/rel_l2_diff"] < 0.2
+    assert record(tmp_path)["config"]["quantizer"]["backend"] == "onnxruntime"
+    assert "int8 by onnxruntime" in done.stdout
+    assert re.search(r"\n  int8 +[0-9.]+ +[0-9.]+ +[0-9.]+", done.stdout)
+    rows = table(tmp_path / "per_class.csv")
+    share = sum(float(row["top1_int8"]) * int(row["images"]) for row in rows) / 360
+    assert share == pytest.approx(metrics["eval/int8/top1"])
+    counts = [int(row["images"]) for row in table(tmp_path / "forms_int8.csv")[:4]]
+    assert sum(counts) == metrics["eval/images"] == 360
+    layers = table(tmp_path / "int8_layers.csv")
+    assert [layers[0]["name"], layers[-1]["name"]] == ["stem.conv", "head"]
+    assert min(float(layer["output_db"]) for layer in layers) == pytest.approx(metrics["int8/output_db_min"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_training_measures_int8_at_its_end(data: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    options = ["int8=torch", "quantizer.images=100", f"hydra.run.dir={directory}"]
+    done = python("train", *data, *SMALL, *QUICK, *options)
+    metrics = record(directory)["metrics"]
+    for name in ("top1", "top5", "loss"):
+        assert metrics[f"test/int8/{name}"] == pytest.approx(metrics[f"val/int8/{name}"], rel=1e-6)  # of one epoch
+    assert "in int8" in done.stdout
+    evaluated = tmp_path / "evaluated"
+    best = f"ckpt={directory}/checkpoints/best.ckpt"
+    python("evaluate", best, "trainer=cpu", "int8=torch", "quantizer.images=100", f"hydra.run.dir={evaluated}")
+    assert record(evaluated)["metrics"]["eval/int8/loss"] == pytest.approx(metrics["test/int8/loss"], rel=1e-6)
+
+
+def test_int8_without_calibration_images_says_where_to_take_them(
+    run: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a validation file alone."""
+    for name in ("val.beton", "val.beton.json"):
+        (tmp_path / name).symlink_to(digits / name)
+    options = ["data=folder", f"data.dir={tmp_path}", "data.resolution=32", "trainer=cpu", "int8=torch"]
+    done = python("evaluate", f"ckpt={run}/checkpoints/best.ckpt", *options, check=False)
+    assert done.returncode == 2
+    assert f"there is no {tmp_path}/train.beton" in done.stderr
+    assert f"quantizer.file={tmp_path}/val.beton" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from repvgg.deploy.int8 import LayerNoise
 from repvgg.report.evaluation import print_evaluation, tables, write_csv
 from repvgg.report.record import RunRecord
 from repvgg.report.table import top1
@@ -51,6 +52,42 @@ def test_tables_are_what_was_counted(tmp_path: Path) -> None:
     ]
     assert read["confusion_deploy"][1] == ["tench, Tinca tinca", "3", "1", "0"]
     assert list(tables(NAMES, [4, 4, 0], {"deploy": [3, 1, 0]}, {}, {})) == ["per_class"]
+
+
+def test_int8_is_a_third_form() -> None:
+    metrics = {
+        **METRICS,
+        **{"eval/int8/top1": 0.25, "eval/int8/top5": 0.75, "eval/int8/loss": 2.5},
+        **{"eval/forms_int8/both_right": 1.0, "eval/forms_int8/only_deploy_right": 3.0},
+        **{"eval/forms_int8/only_int8_right": 1.0, "eval/forms_int8/both_wrong": 3.0},
+        **{"eval/forms_int8/different_answer": 5.0, "int8/rel_l2_diff": 0.25, "int8/max_abs_logit_diff": 3.5},
+        **{"int8/output_db_min": 12.34, "int8/weight_db_min": 23.45},
+    }
+    layers = [LayerNoise("stem.conv", 40.5, 41.5, 3.0), LayerNoise("head", 50.5, 12.34, 1.0)]
+    made = tables(NAMES, [4, 4, 0], {**RIGHT, "int8": [1, 1, 0]}, {}, metrics, layers)
+    assert list(made) == ["per_class", "forms", "forms_int8", "int8_layers"]
+    assert made["per_class"][0][-3:] == ["top1_train_form", "top1_deploy", "top1_int8"]
+    assert made["forms"] == tables(NAMES, [4, 4, 0], RIGHT, {}, METRICS)["forms"]
+    assert made["forms_int8"][1] == [
+        ["both right", 1, 0.125],
+        ["only the deploy form right", 3, 0.375],
+        ["only the int8 form right", 1, 0.125],
+        ["both wrong", 3, 0.375],
+        ["different answers", 5, 0.625],
+    ]
+    assert made["int8_layers"][0] == ["name", "weight_db", "output_db", "channel_range"]
+    assert made["int8_layers"][1][1] == ["head", 50.5, 12.34, 1.0]
+    only_deployed = tables(NAMES, [4, 4, 0], {"deploy": [3, 1, 0], "int8": [1, 1, 0]}, {}, metrics)
+    assert list(only_deployed) == ["per_class", "forms_int8"]
+
+    console = Console(width=120, file=io.StringIO())
+    print_evaluation("best.ckpt: 8 images", metrics, made["per_class"][1], console)
+    text = console.file.getvalue()
+    lines = {line.split("  ")[1].strip(): line.split() for line in text.splitlines() if line.startswith("  ")}
+    assert lines["int8"][-3:] == ["25.00", "75.00", "2.5000"]
+    assert "int8 images: 1 both right, 3 only the deploy form right, 1 only the int8 form right" in text
+    assert "int8 logits: relative L2 difference 0.25, largest difference 3.5" in text
+    assert "at least 12.3 dB in the outputs, 23.4 dB in the weights (int8_layers.csv)" in text
 
 
 @pytest.mark.parametrize("width", [50, 120])
