@@ -207,13 +207,11 @@ def main(cfg: DictConfig) -> None:
 
         # Heavy imports from here on: a wrong command has been answered by now.
         import torch
-        import torch.nn.functional as F
 
         from repvgg.checkpoints import load_network
-        from repvgg.deploy.check import compare, require_close
+        from repvgg.deploy.check import check_file
         from repvgg.deploy.export import export_onnx, export_pt2
         from repvgg.deploy.preprocess import Preprocessing
-        from repvgg.deploy.runtimes import load_program
 
         network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
         cfg = network.settled.cfg
@@ -224,32 +222,28 @@ def main(cfg: DictConfig) -> None:
             crop.size, crop.ratio, cfg.data.mean, cfg.data.std, inside=cfg.normalize
         )
         pixels, what = images_of(cfg, preprocessing)
-        net, mean, std = network.net, preprocessing.mean, preprocessing.std
         names = classes_of(cfg, cfg.net.num_classes)
-        # With free sizes, another one too; the same images, enlarged.
-        sizes = [(crop.size, crop.size), (crop.size + 9, crop.size + 32)][: 1 + cfg.dynamic_size]
         with beside(out) as file:
             (export_onnx if to == "onnx" else export_pt2)(
-                net,
+                network.net,
                 file,
                 input_size=(cfg.net.in_channels, crop.size, crop.size),
                 dynamic_size=cfg.dynamic_size,
                 metadata=described(cfg, network, preprocessing, names),
-                mean=mean if cfg.normalize else None,
-                std=std if cfg.normalize else None,
+                mean=preprocessing.mean if cfg.normalize else None,
+                std=preprocessing.std if cfg.normalize else None,
             )
-            shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
             print(f"Against torch {torch.__version__}, float32, {what}:")
-            for height, width in sizes:
-                scaled = [F.interpolate(batch.float(), (height, width), mode="bilinear") for batch in pixels]
-                normalized = [(batch - shift) / scale for batch in scaled]
-                with torch.inference_mode():
-                    logits = [net(batch) for batch in normalized]
-                for runtime in runtimes:
-                    program = load_program(file, runtime)
-                    found = compare(program, zip(scaled if cfg.normalize else normalized, logits, strict=True))
-                    print(f"  {runtime} {program.version}, {height} × {width}: {found}", flush=True)
-                    require_close(program, found, cfg.tolerance)
+            for line in check_file(
+                file,
+                network.net,
+                pixels,
+                preprocessing,
+                runtimes,
+                tolerance=cfg.tolerance,
+                another_size=cfg.dynamic_size,
+            ):
+                print(f"  {line}", flush=True)
             size = file.stat().st_size
         pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,19 @@ def test_a_file_that_differs_is_not_kept(exported: tuple[Path, str], checkpoint:
     assert "Traceback" not in done.stderr
     assert exported[0].read_bytes() == before
     assert sorted(file.name for file in exported[0].parent.iterdir()) == ["net.ckpt", "net.onnx"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_nothing(checkpoint: Path, data: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "src/export.py", f"ckpt={checkpoint}", *data, f"out={tmp_path / 'net.onnx'}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Found by names and shapes")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "stopped: no file is left; the same command begins anew"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:

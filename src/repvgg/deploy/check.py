@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from repvgg.deploy.runtimes import Program
+from repvgg.deploy.preprocess import Preprocessing
+from repvgg.deploy.runtimes import Program, load_program
 from repvgg.model import Equivalence
 
 
@@ -45,3 +48,43 @@ def require_close(program: Program, found: Equivalence, tolerance: float) -> Non
             f"{program.runtime} {program.version} computes other logits than torch: relative L2 {found.rel_l2:.3g}, "
             f"tolerance={tolerance:g}. The file is not kept"
         )
+
+
+def check_file(
+    path: Path,
+    net: nn.Module,
+    pixels: Sequence[Tensor],
+    preprocessing: Preprocessing,
+    runtimes: Sequence[str],
+    *,
+    tolerance: float,
+    another_size: bool = False,
+) -> Iterator[str]:
+    """Compare a file with its network in every runtime; a line to print for each comparison.
+
+    Args:
+        path: what ``net`` was exported to.
+        net: on the CPU, in eval mode.
+        pixels: batches, uint8 N × C × crop × crop.
+        preprocessing: of the file.
+        runtimes: of :data:`repvgg.deploy.runtimes.RUNTIMES`.
+        tolerance: see :func:`require_close`.
+        another_size: also compare at another height and width, with the same images enlarged.
+
+    Raises:
+        MismatchError: at the first runtime that is too far off.
+    """
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    side = preprocessing.crop
+    for size in [(side, side), *([(side + 9, side + 32)] if another_size else [])]:
+        scaled = [batch.float() for batch in pixels]
+        if size != (side, side):
+            scaled = [F.interpolate(batch, size, mode="bilinear") for batch in scaled]
+        normalized = [(batch - mean) / std for batch in scaled]
+        with torch.inference_mode():
+            logits = [net(batch) for batch in normalized]
+        for runtime in runtimes:
+            program = load_program(path, runtime)
+            found = compare(program, zip(scaled if preprocessing.inside else normalized, logits, strict=True))
+            yield f"{runtime} {program.version}, {size[0]} × {size[1]}: {found}"
+            require_close(program, found, tolerance)
