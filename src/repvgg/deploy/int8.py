@@ -209,7 +209,7 @@ def _quantize_torch(
 
         # Two images, since a batch of one would be taken for a constant; as in repvgg.deploy.export.
         example = batches[0][:1].repeat(2, 1, 1, 1)
-        with symbolic_shapes.patch(backed_size_oblivious=True):
+        with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             exported = torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
         quantizer = X86InductorQuantizer().set_global(_scheme(method, per_channel=per_channel))
         prepared = prepare_pt2e(exported, quantizer)

@@ -6,13 +6,10 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
-from repvgg.data.loader import make_loader
-from repvgg.data.manifest import read_manifest
+from repvgg.data.sample import drawn_images
 from repvgg.deploy.int8 import Backend, Int8Network, quantize
 from repvgg.deploy.int8_options import require_int8
 from repvgg.learn.datamodule import ImageDataModule
@@ -75,27 +72,16 @@ class Quantizer:
             ValueError: the file holds fewer.
         """
         if self._pixels is None:  # kept as bytes: 77 MB for 512 images of 224 pixels
-            self._pixels = self._load(data)
-        return [(images.float() - data.mean.cpu()) / data.std.cpu() for images in self._pixels.split(BATCH)]
-
-    def _load(self, data: ImageDataModule) -> Tensor:
-        """uint8, images × 3 × H × W."""
-        there = read_manifest(self.file).samples
-        if self.images > there:
-            raise ValueError(
-                f"quantizer.images={self.images}, but {self.file} holds {there}: quantizer.images={there} takes all"
+            self._pixels = drawn_images(
+                self.file,
+                transform=data.transforms["val"],
+                images=self.images,
+                seed=self.seed,
+                key="quantizer.images",
+                num_threads=data.num_threads,
+                **data.loader_options,
             )
-        records = np.sort(np.random.default_rng(self.seed).choice(there, self.images, replace=False))
-        loader = make_loader(
-            self.file,
-            transform=data.transforms["val"],
-            batch_size=BATCH,
-            train=False,
-            num_threads=data.num_threads,
-            records=records.tolist(),
-            **data.loader_options,
-        )
-        return torch.cat([images.clone() for images, _ in loader])
+        return [(images.float() - data.mean.cpu()) / data.std.cpu() for images in self._pixels.split(BATCH)]
 
 
 def quantizer(backend: str | None, **options: Any) -> Quantizer | None:

@@ -394,7 +394,7 @@ def reading(comparison: Comparison) -> list[str]:
 
 def _of_int8(group: Group) -> float | None:
     spread = group.spread(table.INT8_DIFF) if table.INT8_DIFF in group.values else None
-    return spread and spread.mean
+    return None if spread is None else spread.mean
 
 
 def _named_differences(of: Sequence[tuple[Group, Difference]]) -> str:
