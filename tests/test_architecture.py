@@ -14,7 +14,10 @@ FORBIDDEN = {
     "data": {"pytorch_lightning", "hydra", "omegaconf", "wandb", "repvgg.report", "repvgg.learn"},
     "report": {"pytorch_lightning", "ffcv", "repvgg.data", "repvgg.learn"},
     "learn": {"hydra", "omegaconf", "repvgg.report"},
+    "bench": {"pytorch_lightning", "ffcv", "numba", "pandas", "wandb"},
 }
+for room in set(FORBIDDEN) - {"bench"}:
+    FORBIDDEN[room].add("repvgg.bench")
 
 
 def imported(file: Path) -> set[str]:

@@ -109,7 +109,7 @@ class Benchmark:
         self.protocol = Protocol(arguments.rounds, arguments.warmup, arguments.batches, arguments.seed)
         self.conditions = Conditions(arguments.batch, arguments.resolution, torch.get_num_threads(), self.device)
 
-    def run(self, name: str, title: str, works: Works, memory: str) -> str:
+    def run(self, name: str, title: str, works: Works, memory: str, notes: Sequence[str] = ()) -> str:
         """Measure, write, log; the page as Markdown.
 
         Args:
@@ -117,6 +117,7 @@ class Benchmark:
             title: of the page.
             works: of a variant.
             memory: what a line's memory is.
+            notes: sentences on what else the numbers depend on.
         """
         from dataclasses import asdict
 
@@ -134,7 +135,9 @@ class Benchmark:
             "versions": versions(self.packages()),
             "protocol": {**asdict(self.protocol), **asdict(self.conditions), "tf32": False},
         }
-        conditions = f"{_machine(record)}; {self._calls(name)}{self.protocol}. Networks are untrained."
+        conditions = (
+            f"{_machine(record)}; {self._calls(name)}{self.protocol}. {' '.join(['Networks are untrained.', *notes])}"
+        )
         print(conditions, file=sys.stderr, flush=True)
         with tracked(arguments.out if arguments.wandb else None, name, record) as log:
             results, left_out = compare(works, self.models, self.protocol, memory=arguments.memory)
@@ -173,6 +176,9 @@ def inference(arguments: argparse.Namespace) -> str:
     settings, left_out = inference_settings(*wanted, benchmark.device)
     require_packages(settings)
 
+    used = {value for setting in settings for value in (setting.runtime, setting.precision)}
+    notes = [note for value, note in INFERENCE_NOTES.items() if value in used]
+
     from repvgg.bench.programs import Inference, write_file
 
     def works(model: str, directory: Path) -> tuple[list[Work], list[str]]:
@@ -188,7 +194,7 @@ def inference(arguments: argparse.Namespace) -> str:
                 made.append(write_file(work, directory) if setting.runtime in FILE_RUNTIMES else work)
         return made, missing
 
-    return benchmark.run("inference", "Inference, measured", works, f"{PEAK} weights and images. {AT_REST}")
+    return benchmark.run("inference", "Inference, measured", works, f"{PEAK} weights and images. {AT_REST}", notes)
 
 
 def train(arguments: argparse.Namespace) -> str:
@@ -200,7 +206,10 @@ def train(arguments: argparse.Namespace) -> str:
         benchmark.sides.append(ours_unfused())
     settings = training_settings(arguments.precisions, arguments.runtimes, arguments.layouts)
 
-    from repvgg.bench.programs import Training
+    from repvgg.bench.programs import Training, needs_sliced_inputs
+
+    sliced = [s for s in settings if needs_sliced_inputs(s.runtime, s.layout, benchmark.device)]
+    notes = [SLICED] if sliced and arguments.against else []
 
     def works(model: str, directory: Path) -> tuple[list[Work], list[str]]:
         missing = [reason for side in benchmark.sides if (reason := side.lacks(model))]
@@ -213,7 +222,7 @@ def train(arguments: argparse.Namespace) -> str:
         return made, missing
 
     memory = f"{PEAK} weights, momenta and images; gradients are part of it. {AT_REST}"
-    return benchmark.run("train", "Training steps, measured", works, memory)
+    return benchmark.run("train", "Training steps, measured", works, memory, notes)
 
 
 def convert(arguments: argparse.Namespace) -> str:
@@ -239,6 +248,16 @@ def convert(arguments: argparse.Namespace) -> str:
 PEAK = (
     "on a processor, how far a fresh process grows in resident memory (freed blocks are given back at once), and on a "
     "GPU how far torch's allocations do, above"
+)
+INFERENCE_NOTES = {
+    "compile": "compile is torch.compile with frozen weights, for these shapes.",
+    "int8": "int8 is static and per channel, calibrated with noise, on which its speed does not depend.",
+    "onnxruntime": "Where a network is exported, BatchNorm is folded into its convolutions.",
+    "openvino": "Where a network is exported, BatchNorm is folded into its convolutions.",
+}
+SLICED = (
+    "Of the others, strided 1×1 convolutions of fewer than 16 input channels are given only the pixels that they read "
+    "where torch 2.13 would crash in their backward; it is the same map."
 )
 AT_REST = (
     "Of torch it is measured after a first call, which may compile; ONNX Runtime and OpenVINO keep what they take at "
