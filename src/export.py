@@ -1,6 +1,7 @@
 """A checkpoint as a file that another program runs: `python src/export.py --help` has examples."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig
 
 from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
 from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files
+from repvgg.deploy.int8_options import require_int8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +61,15 @@ def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
         if not Path(path).exists():
             key = "classes" if path == cfg.classes else "check_images"
             raise ValueError(f"{key}={path}: there is no such file")
-    return target(cfg)
+    to, out = target(cfg)
+    if cfg.int8 is not None:
+        require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
+        if (cfg.int8, to, cfg.form) != ("onnxruntime", "onnx", "deploy"):
+            raise ValueError(
+                f"int8={cfg.int8} to={to} form={cfg.form}: a file in int8 is the deploy form in ONNX. Choose "
+                "int8=onnxruntime to=onnx form=deploy"
+            )
+    return to, out
 
 
 def check_paths(cfg: DictConfig) -> list[str]:
@@ -170,6 +180,43 @@ def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Te
     return batches, f"{len(records)} validation images of {cfg.data.val_file}"
 
 
+def quantize_file(cfg: DictConfig, file: Path, preprocessing: "Preprocessing") -> str:
+    """Put the int8 form in the place of an ONNX file; says with what it was calibrated."""
+    import torch
+    from hydra.utils import instantiate
+
+    from repvgg.data.sample import BATCH, drawn_images
+    from repvgg.deploy.int8 import quantize_onnx
+
+    chosen = cfg.quantizer
+    if not Path(chosen.file).is_file():
+        raise ValueError(
+            f"int8={cfg.int8} calibrates with training images, and there is no {chosen.file}. Write it with\n"
+            f"  {cfg.data.write_command}\nor give another .beton file: quantizer.file=PATH"
+        )
+    pixels = drawn_images(
+        chosen.file,
+        transform=instantiate(cfg.data.val_transform),
+        images=chosen.images,
+        seed=chosen.seed,
+        key="quantizer.images",
+        num_threads=cfg.data.num_threads,
+    ).float()
+    if not preprocessing.inside:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+        pixels = (pixels - mean) / std
+    said = f"{chosen.method or 'minmax'}, {chosen.images} images of {chosen.file}"
+    quantize_onnx(
+        file,
+        file,
+        pixels.split(BATCH),
+        method=chosen.method,
+        per_channel=chosen.per_channel,
+        metadata={"int8": f"{chosen.method or 'minmax'}, {chosen.images} calibration images"},
+    )
+    return said
+
+
 def described(
     cfg: DictConfig, network: "Network", preprocessing: "Preprocessing", names: list[str] | None
 ) -> dict[str, str]:
@@ -244,12 +291,17 @@ def main(cfg: DictConfig) -> None:
                 another_size=cfg.dynamic_size,
             ):
                 print(f"  {line}", flush=True)
+            if cfg.int8 is not None:
+                print(f"In int8 ({quantize_file(cfg, file, preprocessing)}):")
+                for line in check_file(file, network.net, pixels, preprocessing, runtimes, tolerance=math.inf):
+                    print(f"  {line}", flush=True)
             size = file.stat().st_size
         pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
+        in_int8 = "" if cfg.int8 is None else " in int8"
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
         print(
-            f"{out}: {network.form} form, {size / 2**20:.1f} MiB; {pixels_or_not}, N × {cfg.net.in_channels} × {side}, "
-            f"to logits, N × {cfg.net.num_classes}; {'no' if names is None else 'with'} class names"
+            f"{out}: {network.form} form{in_int8}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
+            f"N × {cfg.net.in_channels} × {side}, to logits, N × {cfg.net.num_classes}; {'no' if names is None else 'with'} class names"
         )
 
 
