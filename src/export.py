@@ -301,7 +301,8 @@ def main(cfg: DictConfig) -> None:
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
         print(
             f"{out}: {network.form} form{in_int8}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
-            f"N × {cfg.net.in_channels} × {side}, to logits, N × {cfg.net.num_classes}; {'no' if names is None else 'with'} class names"
+            f"N × {cfg.net.in_channels} × {side}, to logits, N × {cfg.net.num_classes}; "
+            f"{'no' if names is None else 'with'} class names"
         )
 
 
