@@ -13,10 +13,12 @@ import onnx
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 import export as entry_point
 from repvgg.deploy.runtimes import load_program
 from repvgg.model import to_deploy
+from support.commands import TRAIN, only_run, small
 from support.exported import distance, images, network
 from support.images import photo_folder
 
@@ -74,6 +76,7 @@ def test_the_file_is_compared_with_torch_on_validation_images(
     assert all(0 < float(difference) < 1e-5 for _, _, difference in lines)
     assert f"{path}: deploy form" in said
     assert "with class names" in said
+    assert len(said.splitlines()) == 5  # and no diary of the exporters
     x = images(3, 3, 32, 32)
     assert distance(load_program(path)(x), to_deploy(net)(x).detach()) < 1e-5
 
@@ -106,6 +109,20 @@ def test_a_pt2_that_takes_pixels_of_any_size(
     wanted = to_deploy(net)((pixels - MEAN) / STD).detach()
     assert distance(load_program(out)(pixels), wanted) < 1e-5
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+
+
+@pytest.mark.slow
+def test_of_a_run_nothing_but_the_checkpoint_is_named(digits: Path, tmp_path: Path) -> None:
+    """From a training to what the exported file says of images."""
+    subprocess.run([*TRAIN, *small(digits, tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=250)
+    checkpoint = only_run(tmp_path) / "checkpoints" / "best.ckpt"
+    done = export(f"ckpt={checkpoint}", "images=8")
+    assert "Of the checkpoint's run: model=repvgg_a0 ablation=full data=digits" in done.stdout
+    assert done.stderr == ""
+    Image.new("RGB", (40, 50), "gray").save(tmp_path / "gray.png")
+    command = [sys.executable, "src/predict.py", str(tmp_path / "gray.png"), "--model", checkpoint.with_suffix(".onnx")]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert re.fullmatch(rf"{tmp_path}/gray.png(  \d \d+\.\d\d %){{5}}\n", said)
 
 
 @pytest.mark.slow

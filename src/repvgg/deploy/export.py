@@ -199,23 +199,27 @@ def _captured(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the passes' diary, and without warnings of torch 2.13 about itself.
+    """Without the diary of the exporter, and without warnings of torch 2.13 about itself.
 
-    Of its own use of its own pytree, and of weights in channels_last, which it takes for parts of others and stores
-    whole all the same.
+    Of its own use of its own pytree; of weights in channels_last, which it takes for parts of others and stores whole
+    all the same; and of torchvision's operators, which no network here has.
     """
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    levels = {
+        "onnx_ir": logging.WARNING,
+        "onnxscript": logging.WARNING,
+        "torch.onnx._internal.exporter._registration": logging.ERROR,
+    }
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
             warnings.filterwarnings("ignore", "No complete tensor found in the group!", UserWarning)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _strip(proto: onnx.ModelProto) -> None:
