@@ -92,9 +92,16 @@ def main() -> None:
             arguments.parser.error(f"--{name} must be at least 1, got {value}")
     if getattr(arguments, "warmup", 0) < 0:
         arguments.parser.error(f"--warmup must be at least 0, got {arguments.warmup}")
-    with clear_errors():
+    with interruptible(what_is_left(arguments)), clear_errors():
         text = arguments.run(arguments)
     print(text)
+
+
+def what_is_left(arguments: argparse.Namespace) -> str:
+    """After Ctrl-C: pages are written at the end alone, a W&B run is there from the beginning."""
+    if getattr(arguments, "wandb", False):
+        return f"nothing is measured; {arguments.out} holds a W&B run that says it was stopped"
+    return "nothing is measured, nothing is left behind"
 
 
 def number(command: argparse.ArgumentParser, name: str, default: int | None, what: str) -> None:
@@ -154,5 +161,4 @@ def compared(
 
 if __name__ == "__main__":
     prepare_environment()
-    with interruptible("nothing is measured, nothing is left behind"):
-        main()
+    main()

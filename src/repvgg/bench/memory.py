@@ -44,7 +44,9 @@ def peak(work: Work) -> int:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(work, sender))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is this process's, which ends that one
     process.start()
+    signal.signal(signal.SIGINT, before)
     sender.close()
     try:
         answer = receiver.recv()
@@ -83,7 +85,6 @@ def _at_rest(work: Work) -> Program:
 
 def _measure(work: Work, sender: Connection) -> None:
     """In the fresh process: send the bytes, or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     try:
         _return_freed_blocks()
         torch.set_num_threads(work.conditions.threads)
