@@ -6,7 +6,6 @@ What is typed comes first, then the run that left the file, then what the file s
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 #: What a checkpoint's run says of its network and data: the groups, and the nodes whose values may have been set.
 #: (Not the recipe, which may also set precision and compilation.)
 OF_THE_NETWORK = {**NODE_OF_GROUP, "data": "data"}
+#: What is typed of a network's own nodes begins with one of these.
+NODES = tuple(f"{node}." for node in NODE_OF_GROUP.values())
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,6 @@ def load_network(
             form where the train form is asked for. Each says what to do.
     """
     import torch
-    from hydra.utils import instantiate
 
     from repvgg.model import load_weights, read_weights, to_deploy
 
@@ -117,11 +117,11 @@ def load_network(
     settled = settle(config_name, checkpoint, typed)
     if not {"net.num_classes", "data.num_classes"} & set(map(_key, typed)):
         settled.cfg.net.num_classes = weights.num_classes
-    with torch.device("meta"):
-        net: nn.Module = instantiate(settled.cfg.net)
-    net = to_deploy(net) if weights.form == "deploy" else net.eval()
+    net = _made(settled.cfg.net, weights.form, with_values=False)
+    if dict(net.named_buffers()).keys() - net.state_dict().keys():  # constants that no file has, as Orepa's
+        net = _made(settled.cfg.net, weights.form, with_values=True)
     with fitting_choices(weights, settled.choices["ablation"]):
-        load_weights(net, weights, assign=True)
+        load_weights(net.eval(), weights, assign=True)
     if precision is not None:
         net = net.to(precision)
     if weights.form == "deploy":
@@ -294,24 +294,58 @@ def _matches(
 
     Of a deploy form only the first such ablation, since all whose blocks become one convolution are one network then.
     """
+    nets = {name: net for name, net in _nets(weights, typed, model).items() if list(net.depths) == weights.depths}
+    designs: dict[bool, list[str]] = {}  # that have the file's names, with squeeze-and-excitation and without
+    for name, net in nets.items():
+        if net.squeeze_excite not in designs:
+            designs[net.squeeze_excite] = _designs(weights, name, typed, ablation)
+        found = [design for design in designs[net.squeeze_excite] if _distance(name, design, typed, weights) == (0, 0)]
+        if found:  # and so does every model that the typed values make the same
+            return [(other, design) for other in nets if nets[other] == net for design in found]
+    return []
 
-    models: dict[bool, list[str]] = defaultdict(list)  # of one set of tensors for each ablation, but for their shapes
-    for name in [model] if model else options("model"):
-        net = _config(name, _default("ablation"), typed).net
-        if list(net.depths) == weights.depths:
-            models[bool(net.squeeze_excite)].append(name)
+
+def _nets(weights: Weights, typed: Sequence[str], model: str | None) -> dict[str, DictConfig]:
+    """The values of all models, or of the typed one; first those with the file's depths, channels and groups."""
+
+    def unlike(net: DictConfig) -> tuple[int, int, bool]:
+        factors = zip((64, 128, 256, 512), [*[net.width_a] * 3, net.width_b], strict=True)  # paper, section 3.4
+        channels = [int(base * factor) for base, factor in factors]
+        deeper = sum(abs(one - other) for one, other in zip(net.depths, weights.depths, strict=False))
+        wider = sum(one != other for one, other in zip(channels, weights.channels[1:], strict=False))
+        return deeper, wider, net.groups != weights.groups
+
+    names = [model] if model else options("model")
+    nets = {name: _config(name, _default("ablation"), typed).net for name in names}
+    return dict(sorted(nets.items(), key=lambda item: unlike(item[1])))
+
+
+def _designs(weights: Weights, model: str, typed: Sequence[str], ablation: str | None) -> list[str]:
+    """The ablations whose tensors have the file's names."""
     found = []
-    for alike in models.values():
-        designs = []
-        for name in [ablation] if ablation else _ablations():
-            if _distance(alike[0], name, typed, weights)[0] == 0:
-                designs.append(name)
-                if weights.form == "deploy":
-                    break
-        found += [
-            (name, design) for name in alike for design in designs if _distance(name, design, typed, weights) == (0, 0)
-        ]
+    for design in [ablation] if ablation else _ablations():
+        if _other_names(model, design, typed, weights) == 0:
+            found.append(design)
+            if weights.form == "deploy":
+                break
     return found
+
+
+def _other_names(model: str, ablation: str, typed: Sequence[str], weights: Weights) -> int:
+    """Tensors that only one of a design and a file has, in the first blocks of a stage: all others are as these."""
+    from repvgg.model import distance
+
+    shallow = weights.shallow(2)
+    # Names are a matter of the kinds of blocks, so small ones will do.
+    small = [f"net.depths={shallow.depths}", "net.width_a=0.25", "net.width_b=0.125", "net.groups=1"]
+    nodes = [override for override in typed if override.startswith(NODES)]
+    net = _small(model, ablation, (*nodes, *small), weights.form)
+    return len(weights.state) if net is None else distance(net, shallow)[0]
+
+
+@cache
+def _small(model: str, ablation: str, typed: Sequence[str], form: Form) -> nn.Module | None:
+    return _candidate(model, ablation, typed, form, with_values=True)
 
 
 def _distance(model: str, ablation: str, typed: Sequence[str], weights: Weights) -> tuple[int, int]:
@@ -322,20 +356,31 @@ def _distance(model: str, ablation: str, typed: Sequence[str], weights: Weights)
     return (len(weights.state), 0) if net is None else distance(net, weights)
 
 
-def _candidate(model: str, ablation: str, typed: Sequence[str], form: Form) -> nn.Module | None:
-    """The network of a choice, without memory for its tensors; None where there is none, as of odd depths in pairs."""
-    import torch
+def _candidate(
+    model: str, ablation: str, typed: Sequence[str], form: Form, *, with_values: bool = False
+) -> nn.Module | None:
+    """The network of a choice; None where there is none, as of odd depths in pairs."""
     from hydra.errors import InstantiationException
+
+    try:
+        return _made(_config(model, ablation, typed).net, form, with_values=with_values)
+    except (InstantiationException, ValueError):
+        return None
+
+
+def _made(node: DictConfig, form: Form, *, with_values: bool) -> nn.Module:
+    """A network of the node: initialised, or in no time with no values, which for small ones takes longer."""
+    import torch
     from hydra.utils import instantiate
 
     from repvgg.model import to_deploy
 
-    try:
-        with torch.device("meta"):
-            net: nn.Module = instantiate(_config(model, ablation, typed).net)
-        return to_deploy(net) if form == "deploy" else net
-    except (InstantiationException, ValueError):
-        return None
+    with torch.device("cpu" if with_values else "meta"), torch.random.fork_rng(devices=[]):
+        net: nn.Module = instantiate(node)
+    if form == "train":
+        return net
+    # Folding on the meta device takes longer than folding numbers, whatever they are.
+    return to_deploy(net if with_values else net.to_empty(device="cpu"))
 
 
 def _config(model: str, ablation: str, typed: Sequence[str]) -> DictConfig:
@@ -345,7 +390,7 @@ def _config(model: str, ablation: str, typed: Sequence[str]) -> DictConfig:
     for node, (group, name) in zip(NODE_OF_GROUP.values(), (("model", model), ("ablation", ablation)), strict=True):
         cfg[node] = OmegaConf.merge(root[node], _yaml(f"{group}/{name}"))
     for override in OverridesParser.create().parse_overrides(list(typed)):
-        if override.key_or_group.startswith(tuple(f"{node}." for node in NODE_OF_GROUP.values())):
+        if override.key_or_group.startswith(NODES):
             OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
     return cfg
 
@@ -371,11 +416,9 @@ def _unmatched(weights: Weights, typed: Sequence[str], given: Mapping[str, str])
     """What is wrong with a file that fits no choice: where it differs from the nearest."""
     from repvgg.model import load_weights
 
-    chosen = {"ablation": _default("ablation"), **given}
-    models = [given["model"]] if "model" in given else options("model")
-    model = min(models, key=lambda name: sum(_distance(name, chosen["ablation"], typed, weights)))
+    model = next(iter(_nets(weights, typed, given.get("model"))))
     ablations = [given["ablation"]] if "ablation" in given else _ablations()
-    ablation = min(ablations, key=lambda name: sum(_distance(model, name, typed, weights)))
+    ablation = min(ablations, key=lambda name: _other_names(model, name, typed, weights))
     classes = f"net.num_classes={weights.num_classes or 1}"
     net = _candidate(model, ablation, [*typed, classes], weights.form)
     nearest = f"model={model} ablation={ablation}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeGuard
 
@@ -160,6 +160,25 @@ class Weights:
         """Blocks of each stage after the stem's."""
         blocks = [(int(found[2]), int(found[3])) for found in map(OUR_KEY.fullmatch, self.state) if _is_layer(found)]
         return [1 + max(block for of, block in blocks if of == stage) for stage in sorted({of for of, _ in blocks})]
+
+    @property
+    def channels(self) -> list[int]:
+        """Outputs of the stem and of each stage, of the first convolution that has a name in its first block."""
+        return [stage[0].shape[0] for stage in _kernels(self.state).values()]
+
+    @property
+    def groups(self) -> int:
+        """The most of any layer."""
+        return _groups(_kernels(self.state))
+
+    def shallow(self, blocks: int) -> Weights:
+        """The same with at most so many blocks in each stage: a quick look at the design."""
+        kept = {
+            key: tensor
+            for key, tensor in self.state.items()
+            if not (_is_layer(found := OUR_KEY.fullmatch(key)) and int(found[3]) >= blocks)
+        }
+        return replace(self, state=kept)
 
     @property
     def architecture(self) -> str:
@@ -414,29 +433,37 @@ def _is_layer(found: re.Match[str] | None) -> TypeGuard[re.Match[str]]:
     return found is not None and found[2] is not None and found[3] != "shortcut"
 
 
-def _architecture(state: Mapping[str, Tensor]) -> str:
-    """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
-    kernels: dict[tuple[int, int], Tensor] = {}  # the first convolution of every layer, by stage and block
-    kinds: dict[str, None] = {}
-    shortcuts = False
+def _kernels(state: Mapping[str, Tensor]) -> dict[int, list[Tensor]]:
+    """The first convolution of every layer, by stage; the stem's stage is -1."""
+    kernels: dict[tuple[int, int], Tensor] = {}
     for key, tensor in state.items():
         found = OUR_KEY.fullmatch(key)
-        if found is None:
-            continue
-        if found[3] == "shortcut":
-            shortcuts = True
-            continue
-        place = (-1, 0) if found[1] == "stem" else (int(found[2]), int(found[3]))
-        if found[4].startswith(("branches.", "parts.")):
-            kinds[found[4].split(".")[1]] = None
-        if found[4].endswith("conv") and found[5] == "weight":
-            kernels.setdefault(place, tensor)
+        if found is not None and found[3] != "shortcut" and found[4].endswith("conv") and found[5] == "weight":
+            kernels.setdefault((-1, 0) if found[1] == "stem" else (int(found[2]), int(found[3])), tensor)
     stages: dict[int, list[Tensor]] = defaultdict(list)
-    groups, channels = 1, None
     for (stage, _), kernel in sorted(kernels.items(), key=lambda item: item[0]):
         stages[stage].append(kernel)
+    return stages
+
+
+def _groups(stages: Mapping[int, list[Tensor]]) -> int:
+    groups, channels = 1, None
+    for kernel in (kernel for stage in stages.values() for kernel in stage):
         groups = max(groups, channels // kernel.shape[1] if channels else 1)
         channels = kernel.shape[0]
+    return groups
+
+
+def _architecture(state: Mapping[str, Tensor]) -> str:
+    """Depths, channels, groups, branches, SE and classes, as far as names and shapes show them."""
+    keys = [found for found in map(OUR_KEY.fullmatch, state) if found is not None]
+    kinds = dict.fromkeys(
+        found[4].split(".")[1]
+        for found in keys
+        if found[3] != "shortcut" and found[4].startswith(("branches.", "parts."))
+    )
+    stages = _kernels(state)
+    groups = _groups(stages)
     parts = [
         f"{'+'.join(str(len(stage)) for stage in stages.values())} layers of "
         f"{', '.join(str(stage[0].shape[0]) for stage in stages.values())} channels",
@@ -444,7 +471,7 @@ def _architecture(state: Mapping[str, Tensor]) -> str:
     ]
     if groups > 1:
         parts.append(f"groups {groups}")
-    if shortcuts:
+    if any(found[3] == "shortcut" for found in keys):
         parts.append("shortcuts")
     if any(".se." in key for key in state):
         parts.append("squeeze-and-excitation")
