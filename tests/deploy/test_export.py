@@ -215,7 +215,7 @@ import hashlib, sys
 from pathlib import Path
 from repvgg.deploy.export import export_onnx, export_pt2
 from repvgg.model import to_deploy
-from support.networks import ABLATIONS, randomize
+from support.networks import randomize, tiny
 import torch
 torch.manual_seed(0)
 net = to_deploy(randomize(tiny()))
