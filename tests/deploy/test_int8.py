@@ -22,6 +22,8 @@ from repvgg.model import to_deploy
 from support.networks import randomize, tiny
 
 BACKENDS = sorted(METHODS)
+#: Where one backend will do for most commits: an export to ONNX takes seconds.
+MOSTLY_TORCH = [pytest.param("onnxruntime", marks=pytest.mark.slow), "torch"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,7 +74,7 @@ def test_weights_are_rounded_symmetrically_per_output_channel(
         np.testing.assert_allclose(layer.weight, rounded(given[name]), rtol=2e-6, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 def test_one_scale_for_a_tensor_is_the_comparison_that_it_claims_to_be(
     backend: str, net: nn.Module, images: Tensor
 ) -> None:
@@ -107,7 +109,7 @@ def test_what_eight_bits_hold_is_computed_exactly(seed: int, steps: list[int]) -
     assert (logits - conv(images)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 def test_rounding_is_all_that_int8_costs(backend: str) -> None:
     """A bound that holds for any one layer: half a step of each input and weight, times what it is multiplied with."""
     torch.manual_seed(2)
@@ -167,14 +169,20 @@ def test_any_batch_dtype_and_autocast(backend: str, images: Tensor, quantized: d
     assert not list(made.parameters())
 
 
-@pytest.mark.parametrize(("backend", "method"), [(b, m) for b in BACKENDS for m in METHODS[b]])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [pytest.param(b, m, marks=pytest.mark.slow if b == "onnxruntime" else ()) for b in BACKENDS for m in METHODS[b]],
+)
 def test_every_method_quantizes(backend: str, method: str, net: nn.Module, images: Tensor) -> None:
     made = quantize(net, images.split(24), backend=backend, method=method)
     exact = net(images).detach()
     assert (made(images) - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.parametrize(("backend", "method"), [("torch", "histogram"), ("onnxruntime", "percentile")])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [("torch", "histogram"), pytest.param("onnxruntime", "percentile", marks=pytest.mark.slow)],
+)
 def test_clipping_methods_clip_an_outlier_and_minmax_does_not(
     backend: str, method: str, net: nn.Module, images: Tensor
 ) -> None:
@@ -191,7 +199,7 @@ def test_clipping_methods_clip_an_outlier_and_minmax_does_not(
 
 
 @pytest.mark.parametrize("options", [{"squeeze_excite": True}, {"groups": 2}], ids=["se", "groups"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 def test_other_variants(backend: str, options: dict, images: Tensor) -> None:
     torch.manual_seed(0)
     net = to_deploy(randomize(tiny(num_classes=10, **options)))
@@ -251,6 +259,7 @@ def test_an_onnx_file_is_quantized_with_its_metadata(net: nn.Module, images: Ten
     onnx.checker.check_model(onnx.load(target), full_check=True)
 
 
+@pytest.mark.slow
 def test_raw_pixels_go_through_a_file_that_normalises_them(net: nn.Module, tmp_path: Path) -> None:
     source, target = tmp_path / "float.onnx", tmp_path / "int8.onnx"
     pixels = torch.randint(0, 256, (32, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
@@ -300,6 +309,7 @@ def test_no_images_are_an_error(backend: str, net: nn.Module) -> None:
         quantize(net, [], backend=backend)
 
 
+@pytest.mark.slow
 def test_a_cpu_whose_sums_saturate_is_named(
     net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

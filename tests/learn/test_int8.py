@@ -22,6 +22,8 @@ from support.training import classifier, datamodule, trainer, two_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ["onnxruntime", "torch"]
+#: Where one backend will do for most commits: an export to ONNX takes seconds.
+MOSTLY_TORCH = [pytest.param("onnxruntime", marks=pytest.mark.slow), "torch"]
 NAMES = ("loss", "top1", "top5")
 
 
@@ -35,7 +37,7 @@ def validation_images(run: pl.Trainer, digits: Path) -> tuple[Tensor, Tensor]:
     return data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 def test_logs_what_a_plain_computation_gives(backend: str, digits: Path, tmp_path: Path) -> None:
     module = classifier()
     made = quantizing(digits, backend)
@@ -83,7 +85,7 @@ def fitted(digits: Path, directory: Path, callbacks: list[pl.Callback], epochs: 
     return everything(module, run)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOSTLY_TORCH)
 def test_training_is_the_same_bit_for_bit_with_and_without(backend: str, digits: Path, tmp_path: Path) -> None:
     callback = Int8Validation(quantizing(digits, backend), every_n_epochs=1)
     without, beside = (fitted(digits, tmp_path / str(len(c)), c) for c in ([], [callback]))
