@@ -64,16 +64,17 @@ def write_tensor_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping
     require_suffix(path)
     # A tensor may be a view into a larger storage or a mapped file, and lie in another memory format.
     own = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    metadata = {str(key): str(value) for key, value in metadata.items()}  # torch's version is of a class of its own
     with replacing(path) as file:
         if path.suffix == ".safetensors":
             _write_safetensors(file, own, metadata)
         else:
             whole = {key: tensor.clone() if _is_part(tensor) else tensor for key, tensor in own.items()}
-            torch.save({"state_dict": whole, "metadata": dict(metadata)}, file)
+            torch.save({"state_dict": whole, "metadata": metadata}, file)
         file.flush()
         read, said = read_tensor_file(Path(file.name))
         different = [key for key in own.keys() | read.keys() if not _same(own.get(key), read.get(key))]
-        if different or said != dict(metadata):
+        if different or said != metadata:
             raise OSError(f"{path}: what was written reads back differently ({some(different) or 'metadata'})")
 
 
