@@ -9,61 +9,78 @@ Letters: O output channels, I input channels, g groups, k kernel size (odd).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
 class Affine:
     """The map ``x -> conv2d(x, kernel) + bias``, zero-padded so that the kernel's centre sits on the pixel.
 
-    Stride, groups and dilation belong to the block, not to the map: only maps of one block are ever added.
+    Stride, groups and dilation belong to the block, not to the map: only maps of one block are ever added. A map is
+    never changed; what its methods give is new.
 
-    Attributes:
-        kernel: O × I/g × k × k', both sizes odd.
-        bias: O.
+    Args:
+        kernel: O × I/g × k × k', both sizes odd; of any precision that the bias' can hold.
+        bias: O. Its dtype is the map's.
+        factor: O, of each output channel's kernel, where it is not multiplied in yet; None for 1. A network's kernels
+            are most of its memory: scaling them one BatchNorm after another would copy them each time.
 
     Raises:
         ValueError: an even kernel, which has no centre to align with others, or shapes that do not fit.
     """
 
-    kernel: Tensor
-    bias: Tensor
-
-    def __post_init__(self) -> None:
-        if self.kernel.ndim != 4:
-            raise ValueError(f"a kernel is O x I/g x k x k, this one has shape {tuple(self.kernel.shape)}")
-        if any(size % 2 == 0 for size in self.kernel.shape[2:]):
-            size = "x".join(map(str, self.kernel.shape[2:]))
+    def __init__(self, kernel: Tensor, bias: Tensor, factor: Tensor | None = None) -> None:
+        if kernel.ndim != 4:
+            raise ValueError(f"a kernel is O x I/g x k x k, this one has shape {tuple(kernel.shape)}")
+        if any(size % 2 == 0 for size in kernel.shape[2:]):
+            size = "x".join(map(str, kernel.shape[2:]))
             raise ValueError(f"a {size} kernel has no centre pixel: only odd sizes can be added and fused")
-        if self.bias.shape != self.kernel.shape[:1]:
-            raise ValueError(
-                f"bias of shape {tuple(self.bias.shape)} for a kernel of {self.kernel.shape[0]} output channels"
-            )
+        if bias.shape != kernel.shape[:1]:
+            raise ValueError(f"bias of shape {tuple(bias.shape)} for a kernel of {kernel.shape[0]} output channels")
+        self._kernel, self.bias, self._factor = kernel, bias, factor
+
+    @property
+    def kernel(self) -> Tensor:
+        """O × I/g × k × k', of the bias' dtype."""
+        if self._factor is None:
+            return self._kernel.to(self.bias.dtype)
+        return (self._kernel * self._factor[:, None, None, None]).to(self.bias.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the kernel."""
+        return self._kernel.shape
+
+    def rows(self, first: int, last: int) -> Affine:
+        """The map to output channels ``first`` to ``last - 1``."""
+        factor = None if self._factor is None else self._factor[first:last]
+        return Affine(self._kernel[first:last], self.bias[first:last], factor)
 
     def __add__(self, other: Affine) -> Affine:
         """The sum of both maps; the smaller kernel is zero-padded about its centre (paper, section 3.3)."""
-        height = max(self.kernel.shape[2], other.kernel.shape[2])
-        width = max(self.kernel.shape[3], other.kernel.shape[3])
-        a, b = self.padded_to(height, width), other.padded_to(height, width)
-        if a.kernel.shape != b.kernel.shape:
-            raise ValueError(f"kernels {tuple(a.kernel.shape)} and {tuple(b.kernel.shape)} are not of one block")
-        return Affine(a.kernel + b.kernel, a.bias + b.bias)
+        height, width = _common_size([self, other])
+        a, b = self.padded_to(height, width).kernel, other.padded_to(height, width).kernel
+        if a.shape != b.shape:
+            raise ValueError(f"kernels {tuple(a.shape)} and {tuple(b.shape)} are not of one block")
+        return Affine(a + b, self.bias + other.bias)
 
     def padded_to(self, height: int, width: int) -> Affine:
         """The same map with a kernel of at least ``height`` × ``width``, zeros around its centre."""
-        rows = (height - self.kernel.shape[2]) // 2
-        columns = (width - self.kernel.shape[3]) // 2
+        rows = (height - self.shape[2]) // 2
+        columns = (width - self.shape[3]) // 2
         if not rows and not columns:
             return self  # F.pad would copy what is most of the work: the 3×3 kernel
-        return Affine(F.pad(self.kernel, (columns, columns, rows, rows)), self.bias)
+        return Affine(F.pad(self._kernel, (columns, columns, rows, rows)), self.bias, self._factor)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
         """This map followed by ``y -> scale * y + shift`` per output channel (scale, shift: O)."""
-        return Affine(self.kernel * scale[:, None, None, None], self.bias * scale + shift)
+        factor = scale if self._factor is None else self._factor * scale
+        return Affine(self._kernel, self.bias * scale + shift, factor)
 
     def then(self, outer: Affine, groups: int = 1) -> Affine:
         """This pointwise map followed by ``outer``, whose input is padded with this bias (DBB, arXiv 2103.13425, 3.2).
@@ -78,12 +95,10 @@ class Affine:
         Raises:
             ValueError: a kernel of this map larger than 1×1, or channels that do not fit.
         """
-        if self.kernel.shape[2:] != (1, 1):
-            raise ValueError(f"only a 1x1 kernel is composed with another, this one is {tuple(self.kernel.shape)}")
-        if self.kernel.shape[0] != outer.kernel.shape[1] * groups:
-            raise ValueError(
-                f"{self.kernel.shape[0]} outputs for a kernel {tuple(outer.kernel.shape)} of groups={groups}"
-            )
+        if self.shape[2:] != (1, 1):
+            raise ValueError(f"only a 1x1 kernel is composed with another, this one is {tuple(self.shape)}")
+        if self.shape[0] != outer.shape[1] * groups:
+            raise ValueError(f"{self.shape[0]} outputs for a kernel {tuple(outer.shape)} of groups={groups}")
         # m: the channels in between, of one group.
         first = self.kernel[:, :, 0, 0].unflatten(0, (groups, -1))
         second = outer.kernel.unflatten(0, (groups, -1))
@@ -93,7 +108,56 @@ class Affine:
 
     def then_norm(self, norm: nn.Module) -> Affine:
         """This map followed by ``norm`` as it is in eval mode (equation 3); ``nn.Identity`` changes nothing."""
-        return self if isinstance(norm, nn.Identity) else self.scaled(*norm_as_affine(norm, self.kernel))
+        return self if isinstance(norm, nn.Identity) else self.scaled(*norm_as_affine(norm, self.bias))
+
+
+#: Numbers that are folded at a time: what the second-level cache of a core holds, in float64.
+PIECE = 1 << 16
+
+
+def folded(
+    maps: Sequence[Affine], norm: nn.Module, *, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Affine:
+    """``norm(sum of maps)`` cast to ``dtype``: the bits of adding, normalising and casting one after another.
+
+    That would write and read every kernel again and again, in the precision of the folding. Here a few output channels
+    at a time go through all of it, so that a network is read and written once.
+
+    Args:
+        maps: of one block; their bias' dtype is the precision of the folding.
+        norm: a BatchNorm as it is in eval mode, or ``nn.Identity``.
+        dtype: of the result.
+        memory_format: of the result.
+
+    Raises:
+        ValueError: a norm that cannot be folded, or maps that are not of one block.
+    """
+    bias = reduce(operator.add, (m.bias for m in maps))
+    scale = None
+    if not isinstance(norm, nn.Identity):
+        scale, shift = norm_as_affine(norm, bias)
+        bias = bias * scale + shift
+    channels, inputs = maps[0].shape[:2]
+    if any(m.shape[:2] != (channels, inputs) for m in maps):
+        raise ValueError(f"kernels {', '.join(str(tuple(m.shape)) for m in maps)} are not of one block")
+    height, width = _common_size(maps)
+    kernel = bias.new_empty((channels, inputs, height, width), dtype=dtype).to(memory_format=memory_format)
+    rows = max(1, PIECE // kernel[0].numel())
+    for first in range(0, channels, rows):
+        piece = maps[0].rows(first, first + rows).padded_to(height, width).kernel
+        for m in maps[1:]:
+            top, left = (height - m.shape[2]) // 2, (width - m.shape[3]) // 2
+            piece = piece.clone() if m is maps[1] else piece  # it may be a view of the network's own kernel
+            piece[:, :, top : top + m.shape[2], left : left + m.shape[3]] += m.rows(first, first + rows).kernel
+        if scale is not None:
+            piece = piece * scale[first : first + rows, None, None, None]
+        kernel[first : first + rows] = piece
+    return Affine(kernel, bias.to(dtype))
+
+
+def _common_size(maps: Iterable[Affine]) -> tuple[int, int]:
+    heights, widths = zip(*(m.shape[2:] for m in maps), strict=True)
+    return max(heights), max(widths)
 
 
 def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +184,7 @@ def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def identity_map(channels: int, groups: int, *, dtype: torch.dtype, device: torch.device) -> Affine:
     """The identity as a 1×1 grouped convolution: channel i of a group reads channel i of that group."""
-    kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=dtype, device=device)
+    kernel = torch.zeros(channels, channels // groups, 1, 1, dtype=torch.uint8, device=device)
     rows = torch.arange(channels, device=device)
     kernel[rows, rows % (channels // groups)] = 1
     return Affine(kernel, torch.zeros(channels, dtype=dtype, device=device))

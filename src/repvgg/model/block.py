@@ -96,12 +96,16 @@ class Block(nn.Module):
         Raises:
             NotAffineError: a branch is no affine map.
         """
+        return reduce(operator.add, self.maps(dtype)).then_norm(self.norm)
+
+    def maps(self, dtype: torch.dtype = torch.float64) -> list[Affine]:
+        """What every branch is in eval mode; see :meth:`affine`."""
         maps, device = [], self._device()
         for branch in self.branches:
             if not isinstance(branch, Branch):
                 raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no affine()")
             maps.append(branch.affine(dtype, device))
-        return reduce(operator.add, maps).then_norm(self.norm)
+        return maps
 
     def summands(self, dtype: torch.dtype = torch.float64) -> list[Summand]:
         """What the sum of branches is in eval mode, as few convolutions: all affine branches are one.
@@ -162,7 +166,7 @@ class FusedBlock(nn.Module):
 
     def __init__(self, affine: Affine, shape: ConvShape, se: nn.Module, activation: nn.Module) -> None:
         super().__init__()
-        height, width = affine.kernel.shape[2:]
+        height, width = affine.shape[2:]
         # skip_init: initialising would draw random numbers, and conversion must not move the generator.
         self.conv = nn.utils.skip_init(
             nn.Conv2d,

@@ -157,8 +157,8 @@ class ConvBN(Normed):
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The kernel, scaled by the BatchNorm (equation 3)."""
-        kernel = self.conv.weight.to(device, dtype)
-        return Affine(kernel, kernel.new_zeros(kernel.shape[0])).then_norm(self.bn)
+        kernel = self.conv.weight.to(device)
+        return Affine(kernel, torch.zeros(len(kernel), dtype=dtype, device=device)).then_norm(self.bn)
 
 
 class Identity(Normed):

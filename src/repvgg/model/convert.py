@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repvgg.model.affine import Affine
+from repvgg.model.affine import Affine, folded
 from repvgg.model.block import Block, FoldedBlock, FusedBlock, memory_format_of
 from repvgg.model.branches import NotAffineError
 
@@ -64,10 +65,10 @@ def _deployed(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock | 
     se, activation = copy.deepcopy(block.se), copy.deepcopy(block.activation)
     try:
         try:
-            return FusedBlock(_cast(block.affine(fold_dtype), block), block.shape, se, activation)
+            return FusedBlock(_folded(block.maps(fold_dtype), block.norm, block), block.shape, se, activation)
         except NotAffineError:
             parts = [
-                FusedBlock(_cast(part.affine, block), part.shape, nn.Identity(), part.activation)
+                FusedBlock(_folded([part.affine], nn.Identity(), block), part.shape, nn.Identity(), part.activation)
                 for part in block.summands(fold_dtype)
             ]
             return FoldedBlock(parts, copy.deepcopy(block.norm), se, activation)
@@ -77,12 +78,11 @@ def _deployed(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock | 
         raise ValueError(f"{where} cannot be fused: {error}") from error
 
 
-def _cast(affine: Affine, block: Block) -> Affine:
-    """A copy with the dtype and memory format of the block."""
+def _folded(maps: Sequence[Affine], norm: nn.Module, block: Block) -> Affine:
+    """With the dtype and memory format of the block."""
     parameter = next(block.parameters(), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
-    kernel = affine.kernel.to(dtype, memory_format=memory_format_of(block), copy=True)
-    return Affine(kernel, affine.bias.to(dtype, copy=True))
+    return folded(maps, norm, dtype=dtype, memory_format=memory_format_of(block))
 
 
 def not_fused(deployed: nn.Module) -> list[str]:

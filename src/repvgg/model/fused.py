@@ -9,8 +9,11 @@ Letters: N images, C channels, H × W pixels, R = N · H · W.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import reduce
 from typing import Any
 
 import torch
@@ -31,18 +34,17 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 #: Summands that the kernel has code for.
 MAX_TERMS = 4
 
-_enabled = True
+_enabled: ContextVar[bool] = ContextVar("enabled", default=True)
 
 
 @contextmanager
 def unfused() -> Iterator[None]:
     """Compute layer by layer here, with torch's own operations: what others do, to compare with."""
-    global _enabled
-    before, _enabled = _enabled, False
+    token = _enabled.set(False)
     try:
         yield
     finally:
-        _enabled = before
+        _enabled.reset(token)
 
 
 def normalized_sum(maps: Sequence[Tensor], norms: Sequence[nn.Module], *, relu: bool) -> Tensor:
@@ -56,17 +58,15 @@ def normalized_sum(maps: Sequence[Tensor], norms: Sequence[nn.Module], *, relu: 
     Returns:
         N × C × H × W.
     """
-    if _enabled and _fits(maps, norms):
+    if _enabled.get() and _fits(maps, norms):
         batchnorms = tuple(norm if isinstance(norm, nn.BatchNorm2d) else None for norm in norms)
         for norm in batchnorms:
             if norm is not None and norm.track_running_stats and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
         parameters = [p for norm in batchnorms if norm is not None for p in (norm.weight, norm.bias)]
-        summed: Tensor = _NormalizedSum.apply(relu, batchnorms, *maps, *parameters)  # type: ignore[no-untyped-call]
+        summed: Tensor = _NormalizedSum.apply(relu, batchnorms, *maps, *parameters)
         return summed
-    total = norms[0](maps[0])
-    for norm, z in zip(norms[1:], maps[1:], strict=True):
-        total = total + norm(z)
+    total: Tensor = reduce(operator.add, (norm(z) for norm, z in zip(norms, maps, strict=True)))
     return F.relu(total) if relu else total
 
 
@@ -108,66 +108,75 @@ def _fits(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
 
 
 class _NormalizedSum(torch.autograd.Function):
-    """Arguments: whether a ReLU follows, a BatchNorm or None for each map, the maps, each BatchNorm's weight and bias."""
+    """Of: whether a ReLU follows; a BatchNorm or None for each map; the maps; the BatchNorms' weights and biases."""
 
     @staticmethod
     def forward(ctx: Any, relu: bool, norms: tuple[nn.BatchNorm2d | None, ...], *tensors: Tensor) -> Tensor:
+        """The sum, N × C × H × W."""
         maps = tensors[: len(norms)]
         first = maps[0]
         out = torch.empty_like(first)
         statistics = first.new_empty((len(norms), 2, first.shape[1]), dtype=torch.float64)
         ctx.relu, ctx.norms = relu, norms
         ctx.save_for_backward(statistics, *tensors, *([out] if relu else []))
-        if isinstance(first, FakeTensor):  # memory is being planned: nothing to compute
-            return out
-        terms = tuple(
-            (z.data_ptr(), 0, *([0] * 7), 0.0, 0.0)
-            if norm is None
-            else (
-                *(z.data_ptr(), 0, norm.weight.data_ptr(), norm.bias.data_ptr(), *_running(norm), 0, 0),
-                *(statistics[k].data_ptr(), norm.eps, norm.momentum),
+        if not isinstance(first, FakeTensor):  # else memory is being planned, and there is nothing to compute
+            terms = tuple(
+                _term(z)
+                if norm is None
+                else _term(z, None, norm.weight, norm.bias, *_running(norm), None, None, statistics[k], norm)
+                for k, (z, norm) in enumerate(zip(maps, norms, strict=True))
             )
-            for k, (z, norm) in enumerate(zip(maps, norms, strict=True))
-        )
-        _normsum.forward(*_shape(first, relu), 0, out.data_ptr(), terms)
+            _normsum.forward(*_shape(first, relu), 0, out.data_ptr(), terms)
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of every argument of the forward."""
         statistics, *tensors = ctx.saved_tensors
-        maps, norms = tensors[: len(ctx.norms)], ctx.norms
+        maps, parameters = tensors[: len(ctx.norms)], tensors[len(ctx.norms) :]
         dy = gradients[0].contiguous(memory_format=torch.channels_last)
         wanted = ctx.needs_input_grad[2 : 2 + len(maps)]
-        # A map that is given twice gets two gradients.
         dmaps = [torch.empty_like(z) if needed else None for z, needed in zip(maps, wanted, strict=True)]
-        dparameters: list[Tensor] = []
-        terms = []
-        for k, (z, dz, norm) in enumerate(zip(maps, dmaps, norms, strict=True)):
-            address = 0 if dz is None else dz.data_ptr()
-            if norm is None:
-                terms.append((z.data_ptr(), address, *([0] * 7), 0.0, 0.0))
-                continue
-            weight = tensors[len(maps) + len(dparameters)]
-            dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
-            dparameters += [dweight, dbias]
-            terms.append(
-                (
-                    *(z.data_ptr(), address, weight.data_ptr(), 0, 0, 0),
-                    *(dweight.data_ptr(), dbias.data_ptr(), statistics[k].data_ptr(), norm.eps, 0.0),
-                )
-            )
+        y = parameters.pop() if ctx.relu else None
+        dparameters = [torch.empty_like(parameter) for parameter in parameters]
         if not isinstance(dy, FakeTensor):
-            y = tensors[-1].data_ptr() if ctx.relu else 0
-            _normsum.backward(*_shape(dy, ctx.relu), dy.data_ptr(), y, tuple(terms))
+            pairs = zip(parameters[::2], dparameters[::2], dparameters[1::2], strict=True)
+            terms = []
+            for k, (z, dz, norm) in enumerate(zip(maps, dmaps, ctx.norms, strict=True)):
+                if norm is None:
+                    terms.append(_term(z, dz))
+                else:
+                    weight, dweight, dbias = next(pairs)
+                    terms.append(_term(z, dz, weight, None, None, None, dweight, dbias, statistics[k], norm))
+            _normsum.backward(*_shape(dy, ctx.relu), dy.data_ptr(), _address(y), tuple(terms))
         return (None, None, *dmaps, *dparameters)
 
 
-def _running(norm: nn.BatchNorm2d) -> tuple[int, int]:
-    """Addresses of the running statistics; zeros where this forward is not to move them."""
-    if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
-        return 0, 0
-    return norm.running_mean.data_ptr(), norm.running_var.data_ptr()
+def _term(
+    z: Tensor,
+    dz: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    statistics: Tensor | None = None,
+    norm: nn.BatchNorm2d | None = None,
+) -> tuple[float, ...]:
+    """A ``Term`` of the kernel: addresses, 0 for what is not there or not wanted, then ε and the momentum."""
+    tensors = (z, dz, weight, bias, running_mean, running_var, dweight, dbias, statistics)
+    return (*map(_address, tensors), norm.eps if norm else 0.0, (norm.momentum or 0.0) if norm else 0.0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _running(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics that this forward is to move."""
+    return (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
 
 
 def _shape(z: Tensor, relu: bool) -> tuple[int, int, bool, int, int]:
