@@ -70,6 +70,7 @@ def test_ratios_are_within_a_round_and_to_the_default() -> None:
 
 
 def test_where_nothing_varies_there_is_one_ratio() -> None:
+    assert "as it comes" not in comparison([result("ours", ORT, 0.01)], [result("timm", ORT, 0.02)])
     text = comparison(OURS[:1], THEIRS[:1])
     assert "as it comes" not in text
     assert list(rows(text)[0])[-2:] == ["ours, same conditions [×]", "memory, ours to theirs"]

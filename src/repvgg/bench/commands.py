@@ -135,9 +135,8 @@ class Benchmark:
             "versions": versions(self.packages()),
             "protocol": {**asdict(self.protocol), **asdict(self.conditions), "tf32": False},
         }
-        conditions = (
-            f"{_machine(record)}; {self._calls(name)}{self.protocol}. {' '.join(['Networks are untrained.', *notes])}"
-        )
+        said = " ".join(["Networks are untrained.", *dict.fromkeys(notes)])
+        conditions = f"{_machine(record)}; {self._calls(name)}{self.protocol}. {said}"
         print(conditions, file=sys.stderr, flush=True)
         with tracked(arguments.out if arguments.wandb else None, name, record) as log:
             results, left_out = compare(works, self.models, self.protocol, memory=arguments.memory)

@@ -146,7 +146,7 @@ def comparison(ours: Sequence[Result], theirs: Sequence[Result]) -> str:
     columns["whose"] = [row["side"] for row in names]
     explained = "Each line of another implementation, and how many times as fast ours is, under the same conditions"
     columns["ours, same conditions [×]"] = [_ratio(same, other) for other, same, _ in rows]
-    if any(same is not default for _, same, default in rows):
+    if any(default is not None and default is not same for _, same, default in rows):
         explained += ", and as it comes (eager, channels_last) at the same precision"
         columns["ours as it comes [×]"] = [_ratio(default, other) for other, _, default in rows]
     columns["memory, ours to theirs"] = [_memory(same, other) for other, same, _ in rows]
