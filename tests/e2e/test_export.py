@@ -242,7 +242,10 @@ def test_missing_packages_are_named_before_anything_begins(checkpoint: Path, mon
         (["data=imagenet", "data.dir=/none"], ["Looked for", "/none/val.beton", "check_images=PATH", "check=random"]),
         (["data=digits", "data.dir={digits}", "classes={names}", "check=random"], ["names 2 classes", "has 10"]),
         (["data=digits", "data.dir={digits}", "check_images={names}"], ["names.txt cannot be read as an image"]),
-        (["data=digits", "data.dir={digits}", "model=repvgg_b0"], ["fits model=repvgg_a0"]),
+        (
+            ["data=digits", "data.dir={digits}", "model=repvgg_b0"],
+            ["does not fit the model", "the nearest, model=repvgg_b0"],
+        ),
     ],
     ids=["no data", "other classes", "no image", "another network"],
 )
