@@ -185,7 +185,7 @@ def _captured(
     normalize = nn.Identity() if mean is None or std is None else _Normalize(mean, std)
     deployed = _Deployed(copy.deepcopy(net).to("cpu", torch.float32), normalize).eval()
     if dynamic_size:  # of channels_last the tracer asks whether a side is 1, and then keeps to the answer
-        deployed = deployed.to(memory_format=torch.contiguous_format)
+        deployed = deployed.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     sizes: dict[int, Dim] = {0: Dim("batch", min=1)}
     if dynamic_size:
         sizes |= {2: Dim("height", min=1), 3: Dim("width", min=1)}
