@@ -313,6 +313,7 @@ def test_help_and_sweeps() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # eight commands, and perhaps a busy machine
 def test_training_begins_with_converted_files_and_evaluation_reads_them(
     files: dict, digits: Path, tmp_path: Path
 ) -> None:
