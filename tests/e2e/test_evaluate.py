@@ -209,7 +209,11 @@ def test_a_training_begins_with_the_weights_of_a_file(
         ("evaluate", ["ckpt={train}", "forms=deply"], ["forms=deply", "both, train or deploy"]),
         ("evaluate", ["ckpt={train}", "recipe.lr=1"], ["recipe.lr=1", "does not read recipe"]),
         ("evaluate", ["ckpt={train}", "resolution=64", "resize=32"], ["resize=32", "resolution="]),
-        ("evaluate", ["ckpt={train}", "data.dir=/none", *SMALL], ["val: /none/val.beton", "python src/write_dataset.py"]),
+        (
+            "evaluate",
+            ["ckpt={train}", "data.dir=/none", *SMALL],
+            ["val: /none/val.beton", "python src/write_dataset.py"],
+        ),
         ("evaluate", ["ckp={train}"], ["Did you mean ckpt?"]),
         ("evaluate", ["ckpt={train}", "int8=int4"], ["int8=int4: choose onnxruntime or torch"]),
         (
