@@ -61,7 +61,11 @@ def test_their_network_computes_the_same(options: str, naming: str, deploy: bool
         torch.testing.assert_close(theirs, net(x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+#: One of every depth, of groups and of squeeze-and-excitation; the others are slow by their number alone.
+QUICK = {"a1", "b0", "b3g2", "d2se"}
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v in QUICK else pytest.mark.slow) for v in VARIANTS])
 def test_every_variant_has_their_names_and_shapes_in_both_forms(variant: str) -> None:
     v = VARIANTS[variant]
     with torch.device("meta"):
