@@ -73,7 +73,7 @@ def cases() -> Iterator[object]:
         yield pytest.param(ablation, "deploy", marks=[pytest.mark.slow] if usual else [])
 
 
-@pytest.mark.parametrize(("ablation", "form"), cases())
+@pytest.mark.parametrize(("ablation", "form"), list(cases()))
 def test_every_design_is_found_by_its_tensors_and_computes_the_same(ablation: str, form: str, tmp_path: Path) -> None:
     net = randomize(network("repvgg_a0", ablation, *NARROW).double()).eval()
     written = to_deploy(net) if form == "deploy" else net
