@@ -105,6 +105,8 @@ def plan(cfg: DictConfig) -> "Plan":
         (batch, cfg.net.in_channels, size, size),
         precision=trainer.precision,
         keeps_gradients=views and numbers[0] > 1,
+        recompute=cfg.recompute,
+        channels_last=cfg.channels_last,
         on_gpu=trainer.accelerator != "cpu",
     )
     beside = {

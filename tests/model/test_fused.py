@@ -145,6 +145,32 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, bad: float) -> None:
     assert maps[0].grad[:, 20].isnan().all()
 
 
+def test_the_gradient_takes_the_place_of_a_map_that_is_spent_and_once_only() -> None:
+    maps, norms = maps_and_norms((3, 16, 5, 5), [True, True, False], torch.float64, 1)
+    made = [(z.detach() * 1).requires_grad_() * 1 for z in maps]
+    weights = torch.randn(maps[0].shape, dtype=torch.float64)
+    (normalized_sum(maps, norms, relu=True) * weights).sum().backward()
+    addresses = [z.data_ptr() for z in made]
+    y = normalized_sum(made, norms, relu=True, spent=[True, False, True])
+    loss = (y * weights).sum()
+    gradients = torch.autograd.grad(loss, made, retain_graph=True)
+    for z, gradient in zip(maps, gradients, strict=True):
+        assert torch.equal(z.grad, gradient)
+    assert [g.data_ptr() == a for g, a in zip(gradients, addresses, strict=True)] == [True, False, True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, made)
+
+
+def test_a_map_that_somebody_listens_to_is_not_written_over() -> None:
+    net, kept = block(K3, K1), []
+    net.branches[0].conv.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    y = net(images())
+    before = kept[0].detach().clone()
+    y.square().sum().backward()
+    assert is_fused(y)
+    assert torch.equal(kept[0], before)
+
+
 def test_a_map_that_is_given_twice_gets_both_gradients() -> None:
     (z,), norms = maps_and_norms((3, 16, 5, 5), [True], torch.float64, 1)
     norms.append(nn.Identity())

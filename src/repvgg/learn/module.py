@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from repvgg.learn.batchnorm import bring_together, check_batchnorm, reads_statistics, running_statistics
 from repvgg.learn.optim import fused_l2, parameter_groups, scaled_lr, warmup_then_cosine
+from repvgg.model import Block
 
 Batch = tuple[Tensor, Tensor]
 
@@ -82,6 +83,13 @@ def log_scores(module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
         module.log(name, value, prog_bar=name.startswith("val/") and name.endswith("top1"))
 
 
+def recompute_blocks(net: nn.Module, recompute: bool) -> None:
+    """Let every block of ``net`` keep only its input for the backward, or all that it needs."""
+    for block in net.modules():
+        if isinstance(block, Block):
+            block.recomputes = recompute
+
+
 class Classifier(pl.LightningModule):
     """Cross-entropy training of an image classifier.
 
@@ -99,6 +107,8 @@ class Classifier(pl.LightningModule):
             :func:`repvgg.learn.optim.fused_l2`. ``train/loss`` stays the cross-entropy alone.
         label_smoothing: of the training loss only.
         channels_last: memory format of the network.
+        recompute: keep only the inputs of the network's blocks for the backward, and compute the rest again there. What
+            is learned is the same to the last bit, BatchNorm's statistics included.
         compile: torch.compile ``net`` in place, which keeps the names of its parameters; once for every size of a
             batch that occurs.
         batchnorm: whose running statistics count, see :mod:`repvgg.learn.batchnorm`. ``sync`` needs
@@ -121,6 +131,7 @@ class Classifier(pl.LightningModule):
         custom_l2: bool = False,
         label_smoothing: float = 0.0,
         channels_last: bool = True,
+        recompute: bool = False,
         compile: bool = False,
         batchnorm: str = "rank0",
     ) -> None:
@@ -134,6 +145,11 @@ class Classifier(pl.LightningModule):
                 raise ValueError(f"recipe.{name}={value} must be positive")
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.net: nn.Module = net.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if recompute and compile:
+            raise ValueError(
+                "compile=true decides by itself what it computes again: leave recompute=true out, or compile=true"
+            )
+        recompute_blocks(self.net, recompute)
         if compile:
             # One graph per image size, each as fast as it can be. By default a second size would compile a general one.
             self.net.compile(dynamic=False)

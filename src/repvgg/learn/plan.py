@@ -22,6 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim import Optimizer
 
 from repvgg.data.manifest import manifest_path, read_manifest
+from repvgg.learn.module import recompute_blocks
 from repvgg.learn.optim import batch_per_device, fused_l2
 from repvgg.model import count_macs, count_parameters, to_deploy
 
@@ -213,6 +214,8 @@ def step_memory(
     *,
     precision: str | int = "32-true",
     keeps_gradients: bool = False,
+    recompute: bool = False,
+    channels_last: bool = True,
     on_gpu: bool = True,
 ) -> Memory:
     """One training step on fake tensors, and what it allocates.
@@ -231,12 +234,15 @@ def step_memory(
         input_size: images, channels, height, width.
         precision: see :data:`PRECISIONS`.
         keeps_gradients: gradients are views of buckets that stay (DistributedDataParallel's gradient_as_bucket_view).
+        recompute: blocks keep only their input, see :class:`repvgg.learn.module.Classifier`.
+        channels_last: layout of the images; on a CPU, blocks then take fewer bytes (:mod:`repvgg.model.fused`).
         on_gpu: an optimiser that leaves it open updates all weights at once there, and one after another on a CPU.
     """
     weights, autocast = precision_dtypes(precision)
     with FakeTensorMode():
         with _default_dtype(weights):  # fake weights cannot be cast in place
             net = make_net().train()
+        recompute_blocks(net, recompute)
         optimizer = make_optimizer(net)
         for group in optimizer.param_groups:
             if on_gpu and "foreach" in group and group["foreach"] is None and not group.get("fused"):
@@ -246,13 +252,18 @@ def step_memory(
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         images = torch.empty(*input_size, dtype=weights)
+        if channels_last and not on_gpu:  # on a GPU the layout changes nothing
+            images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.empty(input_size[0], dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(net, optimizer, images, labels)
         saved = _Saved([*net.parameters(), *net.buffers(), images, labels])
         with tracker:
-            with saved, _autocast(autocast):
+            before = _alive(tracker)
+            with nullcontext() if recompute else saved, _autocast(autocast):
                 value = loss(net, images, labels)
+            # A block that recomputes keeps its input by other means than those that can be listened to.
+            activations = _alive(tracker) - before if recompute else saved.bytes
             optimizer.zero_grad(set_to_none=not keeps_gradients)
             value.backward()
             optimizer.step()
@@ -263,7 +274,7 @@ def step_memory(
             buffers=_bytes(net.buffers()),
             gradients=_bytes(trained),
             optimizer=_bytes(state),
-            activations=saved.bytes,
+            activations=activations,
             batch=_bytes([images]),
             peak=peak["Total"],
         )
@@ -281,6 +292,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def _alive(tracker: MemTracker) -> int:
+    return sum(of_device["Total"] for of_device in tracker.get_tracker_snapshot("current").values())
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

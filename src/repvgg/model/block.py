@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from repvgg.model.affine import Affine
 from repvgg.model.branches import Branch, BranchFactory, ConvShape, Normed, NotAffineError, Summand
@@ -45,6 +48,9 @@ class Block(nn.Module):
         norm: a BatchNorm after the sum (post-addition BN of Table 7, QARepVGG).
         se_hidden: hidden width of a squeeze-and-excitation before the activation, 0 for none.
 
+    Attributes:
+        recomputes: keep only the input for the backward, and compute the block again there (activation checkpointing).
+
     Raises:
         ValueError: no branch is left at this shape.
     """
@@ -61,9 +67,22 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm2d(shape.out_channels) if norm else nn.Identity()
         self.se = SqueezeExcite(shape.out_channels, se_hidden) if se_hidden else nn.Identity()
         self.activation: nn.Module = nn.ReLU()
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
         """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            computed: Tensor = checkpoint(
+                self._forward,
+                x,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), _statistics_stay(self)),
+            )
+            return computed
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self.activation(self.se(self.norm(self._sum(x))))
         # Where nothing stands between the last sum and a ReLU, both are one operation.
@@ -85,7 +104,10 @@ class Block(nn.Module):
         if len(branches) < len(self.branches) or any(map(has_hooks, branches)):
             total = self._sum(x)
             return F.relu(total) if relu else total
-        return normalized_sum([b.before_norm(x) for b in branches], [b.bn for b in branches], relu=relu)
+        # Who listens to a convolution may keep what it hears.
+        spent = [b.makes_map and not any(map(has_hooks, b.modules())) for b in branches]
+        maps = [b.before_norm(x) for b in branches]
+        return normalized_sum(maps, [b.bn for b in branches], relu=relu, spent=spent)
 
     def affine(self, dtype: torch.dtype = torch.float64) -> Affine:
         """The one map that ``norm(sum of branches)`` is in eval mode, differentiable in the parameters.
@@ -143,6 +165,21 @@ class Block(nn.Module):
                 "of the train form, or convert the model first with repvgg.model.to_deploy(model)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def _statistics_stay(module: nn.Module) -> Iterator[None]:
+    """Running statistics are not moved: a batch that is computed a second time is not a second batch."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 def memory_format_of(module: nn.Module) -> torch.memory_format:

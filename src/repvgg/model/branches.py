@@ -92,9 +92,11 @@ class Normed(Branch):
 
     Attributes:
         bn: the BatchNorm, or ``nn.Identity``.
+        makes_map: ``before_norm`` gives a new map, which no backward but the BatchNorm's reads.
     """
 
     bn: nn.Module
+    makes_map = False
 
     def before_norm(self, x: Tensor) -> Tensor:
         """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉, not yet normalised."""
@@ -125,6 +127,8 @@ class ConvBN(Normed):
     Raises:
         ValueError: an even ``kernel_size``.
     """
+
+    makes_map = True
 
     def __init__(self, shape: ConvShape, kernel_size: int | Sequence[int] = 3, norm: bool = True) -> None:
         super().__init__()

@@ -62,7 +62,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 def _deployed(name: str, block: Block, fold_dtype: torch.dtype) -> FusedBlock | FoldedBlock:
     where = f"layer '{name}'" if name else "this block"
-    se, activation = copy.deepcopy(block.se), copy.deepcopy(block.activation)
+    # The ReLU of a deployed layer overwrites the convolution's output, which nothing else reads: one map less to write.
+    activation = nn.ReLU(inplace=True) if type(block.activation) is nn.ReLU else copy.deepcopy(block.activation)
+    se = copy.deepcopy(block.se)
     try:
         try:
             return FusedBlock(_folded(block.maps(fold_dtype), block.norm, block), block.shape, se, activation)

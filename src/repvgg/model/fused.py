@@ -47,13 +47,17 @@ def unfused() -> Iterator[None]:
         _enabled.reset(token)
 
 
-def normalized_sum(maps: Sequence[Tensor], norms: Sequence[nn.Module], *, relu: bool) -> Tensor:
+def normalized_sum(
+    maps: Sequence[Tensor], norms: Sequence[nn.Module], *, relu: bool, spent: Sequence[bool] | None = None
+) -> Tensor:
     """``Σ norm(map)``, with a ReLU after it if ``relu``; running statistics move as BatchNorm's own forward moves them.
 
     Args:
         maps: N × C × H × W each.
         norms: of every map, ``nn.Identity`` for none.
         relu: whether a ReLU follows.
+        spent: of every map, whether nothing else reads it. The backward then writes its gradient in its place, and
+            allocates nothing; a second backward through the same graph is an error of torch's. None: none of them.
 
     Returns:
         N × C × H × W.
@@ -64,7 +68,7 @@ def normalized_sum(maps: Sequence[Tensor], norms: Sequence[nn.Module], *, relu: 
             if norm is not None and norm.track_running_stats and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.add_(1)
         parameters = [p for norm in batchnorms if norm is not None for p in (norm.weight, norm.bias)]
-        summed: Tensor = _NormalizedSum.apply(relu, batchnorms, *maps, *parameters)
+        summed: Tensor = _NormalizedSum.apply(relu, batchnorms, tuple(spent or [False] * len(maps)), *maps, *parameters)
         return summed
     total: Tensor = reduce(operator.add, (norm(z) for norm, z in zip(norms, maps, strict=True)))
     return F.relu(total) if relu else total
@@ -108,16 +112,18 @@ def _fits(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
 
 
 class _NormalizedSum(torch.autograd.Function):
-    """Of: whether a ReLU follows; a BatchNorm or None for each map; the maps; the BatchNorms' weights and biases."""
+    """Of: whether a ReLU follows; of each map, a BatchNorm or None and whether it is spent; maps; weights and biases."""
 
     @staticmethod
-    def forward(ctx: Any, relu: bool, norms: tuple[nn.BatchNorm2d | None, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, relu: bool, norms: tuple[nn.BatchNorm2d | None, ...], spent: tuple[bool, ...], *tensors: Tensor
+    ) -> Tensor:
         """The sum, N × C × H × W."""
         maps = tensors[: len(norms)]
         first = maps[0]
         out = torch.empty_like(first)
         statistics = first.new_empty((len(norms), 2, first.shape[1]), dtype=torch.float64)
-        ctx.relu, ctx.norms = relu, norms
+        ctx.relu, ctx.norms, ctx.spent = relu, norms, spent
         ctx.save_for_backward(statistics, *tensors, *([out] if relu else []))
         if not isinstance(first, FakeTensor):  # else memory is being planned, and there is nothing to compute
             terms = tuple(
@@ -136,8 +142,13 @@ class _NormalizedSum(torch.autograd.Function):
         statistics, *tensors = ctx.saved_tensors
         maps, parameters = tensors[: len(ctx.norms)], tensors[len(ctx.norms) :]
         dy = gradients[0].contiguous(memory_format=torch.channels_last)
-        wanted = ctx.needs_input_grad[2 : 2 + len(maps)]
-        dmaps = [torch.empty_like(z) if needed else None for z, needed in zip(maps, wanted, strict=True)]
+        dmaps: list[Tensor | None] = []
+        for z, spent, wanted in zip(maps, ctx.spent, ctx.needs_input_grad[3:], strict=False):
+            if wanted and spent:
+                torch.autograd.graph.increment_version(z)
+                dmaps.append(z.detach())
+            else:
+                dmaps.append(torch.empty_like(z) if wanted else None)
         y = parameters.pop() if ctx.relu else None
         dparameters = [torch.empty_like(parameter) for parameter in parameters]
         if not isinstance(dy, FakeTensor):
@@ -150,7 +161,7 @@ class _NormalizedSum(torch.autograd.Function):
                     weight, dweight, dbias = next(pairs)
                     terms.append(_term(z, dz, weight, None, None, None, dweight, dbias, statistics[k], norm))
             _normsum.backward(*_shape(dy, ctx.relu), dy.data_ptr(), _address(y), tuple(terms))
-        return (None, None, *dmaps, *dparameters)
+        return (None, None, None, *dmaps, *dparameters)
 
 
 def _term(
