@@ -112,7 +112,7 @@ class Affine:
 
 
 #: Numbers that are folded at a time: what the second-level cache of a core holds, in float64.
-PIECE = 1 << 16
+PIECE = 1 << 17
 
 
 def folded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,8 +56,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     """What a compiled or DDP-wrapped module wraps, the module itself otherwise."""
     if isinstance(module, DistributedDataParallel):
         return module.module
-    if isinstance(module, torch._dynamo.OptimizedModule):
-        return module._orig_mod
+    # What is not imported has compiled nothing; importing it takes longer than converting does.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+        inner: nn.Module = module._orig_mod
+        return inner
     return module
 
 

@@ -112,7 +112,7 @@ def _fits(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
 
 
 class _NormalizedSum(torch.autograd.Function):
-    """Of: whether a ReLU follows; of each map, a BatchNorm or None and whether it is spent; maps; weights and biases."""
+    """Of: whether a ReLU follows; of each map, a BatchNorm or None, and whether it is spent; maps; parameters."""
 
     @staticmethod
     def forward(
