@@ -62,21 +62,35 @@ def command(*arguments: str) -> Callable[[], object]:
     )
 
 
-def datamodule() -> ImageDataModule:
-    """The embedded digits, 64 images a batch."""
+class SecondForward(pl.Callback):
+    """A converted network on the batches of a validation, and nothing else: the least that looking at it can cost."""
+
+    def __init__(self, deployed: torch.nn.Module) -> None:
+        self.deployed = deployed
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *arguments: object) -> None:
+        """The forward."""
+        images = arguments[2][0]  # type: ignore[index]
+        with torch.no_grad():
+            self.deployed(images)
+
+
+def datamodule(px: int = 32) -> ImageDataModule:
+    """The embedded digits, 64 images a batch; validation images enlarged to ``px``."""
     files = {f"{split}_file": str(DIGITS / f"{split}.beton") for split in ("train", "val")}
-    crops = {"train_transform": PadCrop(32, 4), "val_transform": CenterCrop(32, 1.0)}
+    crops = {"train_transform": PadCrop(32, 4), "val_transform": CenterCrop(px, 1.0)}
     return ImageDataModule(**files, **crops, num_classes=10, mean=[79.0] * 3, std=[88.8] * 3, batch_size=64, seed=0)
 
 
-def validation(callbacks: list[pl.Callback]) -> Callable[[], object]:
-    """One validation of RepVGG-A0 on the digits."""
+def validation(callbacks: list[pl.Callback], px: int = 32, images: int = 360) -> Callable[[], object]:
+    """One validation of RepVGG-A0 on ``images`` digits of ``px`` pixels."""
     sgd = partial(torch.optim.SGD, momentum=0.9)
     net = RepVGG(A, 0.75, 2.5, FULL, num_classes=10)
     module = Classifier(net, num_classes=10, optimizer=sgd, lr=0.1, lr_batch=64, batch_size=64)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}
+    options |= {"limit_val_batches": -(-images // 64)}
     trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, use_distributed_sampler=False, **options)
-    data = datamodule()
+    data = datamodule(px)
     return lambda: trainer.validate(module, datamodule=data, verbose=False)
 
 
@@ -109,6 +123,7 @@ def main() -> None:
     quiet_lightning()
     ensure_digits(DIGITS)
     untimed = TwoFormValidation(Throughput(resolution=32, every_n_epochs=0))
+    second = SecondForward(to_deploy(RepVGG(A, 0.75, 2.5, FULL, num_classes=10).to(memory_format=torch.channels_last)))
     shapes = {"A0": (A, 0.75, 2.5), "B1": (B, 2, 4), "B3": (B, 3, 5)}
     nets = {name: RepVGG(*shape, FULL) for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,6 +140,9 @@ def main() -> None:
         works = {
             "validation of A0 on 360 digits, train form alone": validation([]),
             "the same with the deploy form's (converted, same batches)": validation([untimed]),
+            "validation of A0 on 192 images of 224 px, train form alone": validation([], 224, 192),
+            "the same with a second forward, of the deploy form": validation([second], 224, 192),
+            "the same with the callback: converted, both forms scored and compared": validation([untimed], 224, 192),
             **{f"conversion of {name}, float64 fold": partial(to_deploy, net) for name, net in nets.items()},
             "`train.py --help`": command("--help"),
             "`train.py`, ImageNet missing: the error": command(f"data.dir={scratch}/none"),

@@ -1,6 +1,6 @@
 """``relu(Σ bn_k(z_k))`` of a training step in one operation, where that is faster: channels_last maps on a CPU.
 
-Layer by layer, three BatchNorms, two sums and a ReLU read or write a block's maps 35 times a step; the compiled kernel
+Layer by layer, three BatchNorms, two sums and a ReLU read or write a block's maps 38 times a step; the compiled kernel
 (``_normsum.cpp``) does it in 20, keeps no more for the backward and allocates no map in between. Elsewhere (GPUs, other
 layouts, mixed dtypes, torch.compile, which fuses by itself) the same is computed by torch's own operations.
 
