@@ -141,7 +141,8 @@ def folded(
     if any(m.shape[:2] != (channels, inputs) for m in maps):
         raise ValueError(f"kernels {', '.join(str(tuple(m.shape)) for m in maps)} are not of one block")
     height, width = _common_size(maps)
-    kernel = bias.new_empty((channels, inputs, height, width), dtype=dtype).to(memory_format=memory_format)
+    size = (channels, inputs, height, width)
+    kernel = torch.empty(size, dtype=dtype, device=bias.device, memory_format=memory_format)
     rows = max(1, PIECE // kernel[0].numel())
     for first in range(0, channels, rows):
         piece = maps[0].rows(first, first + rows).padded_to(height, width).kernel
