@@ -83,7 +83,7 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training or torch.compiler.is_compiling():  # which fuses by itself
             return self.activation(self.se(self.norm(self._sum(x))))
         # Where nothing stands between the last sum and a ReLU, both are one operation.
         rectified = type(self.activation) is nn.ReLU and type(self.se) is nn.Identity and not has_hooks(self.activation)

@@ -62,7 +62,7 @@ def normalized_sum(
     Returns:
         N × C × H × W.
     """
-    if _enabled.get() and _fits(maps, norms):
+    if not torch.compiler.is_compiling() and _enabled.get() and _fits(maps, norms):
         batchnorms = tuple(norm if isinstance(norm, nn.BatchNorm2d) else None for norm in norms)
         for norm in batchnorms:
             if norm is not None and norm.track_running_stats and norm.num_batches_tracked is not None:
@@ -84,8 +84,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _fits(maps: Sequence[Tensor], norms: Sequence[nn.Module]) -> bool:
     first = maps[0]
     if (
-        torch.compiler.is_compiling()
-        or first.device.type != "cpu"
+        first.device.type != "cpu"
         or first.dtype not in _DTYPES
         or first.ndim != 4
         or first.numel() <= first.shape[1]  # one value per channel: BatchNorm says that it cannot
