@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.wandb_server import wandb_server  # noqa: F401  # a fixture for all rooms
 
 ROOT = Path(__file__).parents[1]
+# No test depends on how fast the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 # Real processes started by tests find the package and the tests' own helpers.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
 os.environ.update(WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
