@@ -20,15 +20,11 @@ help:
 demo: setup
 	$(RUN) src/train.py -m ablation=plain,id,1x1,full data=digits model=repvgg_a0 trainer=cpu recipe=quick logger=wandb_offline
 
-# tests/deploy in processes of their own: where onnxruntime and OpenVINO come after those of tests/bench and tests/data,
-# starting a process ends in a segmentation fault.
 test: setup
-	$(RUN) -m pytest -m "not slow" $(PARALLEL) --ignore tests/deploy
-	$(RUN) -m pytest -m "not slow" $(PARALLEL) tests/deploy
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: test
-	$(RUN) -m pytest -m slow --ignore tests/deploy
-	$(RUN) -m pytest -m slow tests/deploy
+	$(RUN) -m pytest -m slow
 
 lint: setup
 	$(VENV)/bin/ruff check .

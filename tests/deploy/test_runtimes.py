@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from torch import nn
 
+from repvgg.deploy import runtimes
 from repvgg.deploy.export import export_onnx, export_pt2
-from repvgg.deploy.runtimes import load_program
+from repvgg.deploy.runtimes import _openvino, load_program
 from repvgg.model import RepVGG, to_deploy
 from support.exported import distance, images
 from support.networks import ABLATIONS, randomize
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in _openvino().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 RUNTIMES = [("net.onnx", "onnxruntime"), ("net.onnx", "openvino"), ("net.pt2", "torch")]
 
 
@@ -113,6 +113,23 @@ def test_onnx_files_run_without_torch_and_nothing_is_sent_home(files: Path, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_is_handled_after_openvino_was_used_twice(files: Path) -> None:
+    """Two plugins, gone, would leave this thread no stack to handle it on: a segmentation fault."""
+    code = (
+        "import signal\n"
+        "from pathlib import Path\n"
+        "from repvgg.deploy.runtimes import load_program\n"
+        f"path = Path({str(files / 'net.onnx')!r})\n"
+        "first, second = load_program(path, 'openvino'), load_program(path, 'openvino')\n"
+        "del first\n"
+        "del second\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('handled'))\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
@@ -164,6 +181,7 @@ def test_a_missing_package_names_the_command(
     runtime: str, package: str, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(runtimes, "_openvino", _openvino.__wrapped__)  # as in a process that has loaded nothing yet
     with pytest.raises(ValueError, match=rf"{package} is not installed. Install it with pip install -e '.\[deploy\]'"):
         load_program(files / "net.onnx", runtime)
 

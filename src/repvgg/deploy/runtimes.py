@@ -9,6 +9,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from repvgg.deploy.untrusted import require_data_only
 
 if TYPE_CHECKING:
+    import openvino
     from torch import Tensor
 
 Floats = NDArray[np.float32]
@@ -104,13 +106,24 @@ class _OnnxRuntime(Program):
         return logits
 
 
+@cache
+def _openvino() -> openvino.Core:
+    """One for the whole process, kept to its end.
+
+    Each of OpenVINO 2026.4's CPU plugins gives the thread that loads it a stack for signal handlers and frees it at its
+    own end. Of two that are gone, the second leaves the thread with the first one's: any signal that Python handles
+    (Ctrl-C; the end of a child, once torch's DataLoader had workers) is then a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class _OpenVino(Program):
     runtime = "openvino"
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
-        import openvino
-
-        core = openvino.Core()
+        core = _openvino()
         able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if {"f32": "FP32", "bf16": "BF16"}[precision] not in able:
             raise ValueError(f"precision={precision}: OpenVINO computes {', '.join(able)} on this CPU. Choose f32")
