@@ -14,6 +14,7 @@ from repvgg.cli import (
     clear_errors,
     key_suggestions,
     logged_config,
+    no_collections,
     prepare_environment,
     quote_paths,
     recorded,
@@ -86,7 +87,7 @@ def smaller(resize: int, crop: int) -> ValueError:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
     """Check, build, evaluate; returns the deploy form's top-1, or the train form's where that is alone."""
-    with clear_errors():
+    with clear_errors(), no_collections():
         cfg, choices = settle(cfg)
 
         # Heavy imports from here on: a wrong command has been answered by now.

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
+from repvgg.cli import clear_errors, interruptible, key_suggestions, no_collections, prepare_environment, quote_paths
 from repvgg.data.manifest import manifest_path, number_of_classes
 from repvgg.files import replacing
 from repvgg.identity import subject
@@ -45,10 +45,11 @@ def plan(cfg: DictConfig) -> "Plan":
     set_classes(data)
 
     # Heavy imports from here on.
-    from hydra.utils import instantiate
+    with no_collections():
+        from hydra.utils import instantiate
 
-    from repvgg.learn import plan as count
-    from repvgg.learn.optim import parameter_groups, scaled_lr
+        from repvgg.learn import plan as count
+        from repvgg.learn.optim import parameter_groups, scaled_lr
 
     count.precision_dtypes(trainer.precision)
     train, val = (split(cfg, name) for name in ("train", "val"))

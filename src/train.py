@@ -20,6 +20,7 @@ from repvgg.cli import (
     finished_before,
     key_suggestions,
     logged_config,
+    no_collections,
     prepare_environment,
     quote_paths,
     recorded,
@@ -94,7 +95,7 @@ def build_trainer(cfg: DictConfig, environment: object) -> "pl.Trainer":
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
-    with clear_errors():
+    with clear_errors(), no_collections():
         check(cfg)
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)

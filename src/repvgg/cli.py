@@ -6,6 +6,7 @@ Imports nothing heavy: a mistyped command must answer at once.
 from __future__ import annotations
 
 import difflib
+import gc
 import logging
 import os
 import signal
@@ -44,6 +45,20 @@ WRONG_INPUT = 2
 def prepare_environment() -> None:
     """What the configs read; call it before Hydra's main."""
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """While torch, Lightning and W&B are imported, look for no garbage: nearly all that they make stays.
+
+    Looking takes a fifth of their imports' time. What is there afterwards is never looked at again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager
