@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repvgg.model import Block, ConvBN, ConvShape, Identity
-from repvgg.model.fused import MAX_TERMS, normalized_sum, unfused
+from repvgg.model.fused import MAX_TERMS, every, normalized_sum, shared, unfused
 from support.networks import ABLATIONS, K1, K3, tiny
 
 #: Relative L2 differences that rounding explains.
@@ -99,6 +99,58 @@ def test_all_results_are_those_of_torchs_layers(
         for parameter, expected in zip(norm.parameters(), other.parameters(), strict=True):
             scale = gradient.norm() * count**0.5
             assert (parameter.grad.double() - expected.grad).norm() < ROUNDING[dtype] * scale
+
+
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    subsamples=st.permutations([1, 1, 2]) | st.permutations([1, 3]) | st.sampled_from([[1, 1], [2], [1, 2, 3]]),
+    layout=st.sampled_from([torch.channels_last, torch.contiguous_format]),
+    spent=st.booleans(),
+)
+@settings(max_examples=50)
+def test_a_map_that_is_shared_has_the_gradient_of_all_its_readers(
+    height: int, width: int, subsamples: list[int], layout: torch.memory_format, spent: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, height, width, generator=generator).contiguous(memory_format=layout).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    read, expected = shared(x, subsamples, spent=spent), [every(other, n) for n in subsamples]
+    weights = [torch.randn(z.shape, generator=generator) for z in expected]
+    for a, b in zip(read, expected, strict=True):
+        assert torch.equal(a, b)
+    # A sum of two does not depend on the order, which is autograd's business; of three it would.
+    sum((a * w).sum() for a, w in zip(read, weights, strict=True)).backward()
+    sum((b * w).sum() for b, w in zip(expected, weights, strict=True)).backward()
+    if len(subsamples) == 2:
+        assert torch.equal(x.grad, other.grad)
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+def test_a_strided_block_reads_its_input_once_unless_somebody_listens() -> None:
+    block = Block(ConvShape(4, 6, stride=2), [K3, K1]).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def readers() -> set[str]:
+        """What the gradient of the input goes through last."""
+        nodes, ends = [block(x).grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            for following, _ in node.next_functions:
+                if following is None:
+                    continue
+                if getattr(following, "variable", None) is x:
+                    ends.add(type(node).__name__)
+                nodes.append(following)
+        return ends
+
+    assert readers() == {"_WholeAndPixelsBackward"}
+    heard: list[Tensor] = []
+    handle = block.branches[0].register_full_backward_hook(lambda module, gradients, _: heard.append(gradients[0]))
+    assert "_WholeAndPixelsBackward" not in readers()
+    handle.remove()
+    with unfused():
+        assert "_WholeAndPixelsBackward" not in readers()
 
 
 def test_its_gradients_are_the_differences_of_its_values() -> None:

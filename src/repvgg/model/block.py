@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repvgg.model.affine import Affine
 from repvgg.model.branches import Branch, BranchFactory, ConvShape, Normed, NotAffineError, Summand
-from repvgg.model.fused import has_hooks, normalized_sum
+from repvgg.model.fused import has_hooks, normalized_sum, shared
 
 
 class SqueezeExcite(nn.Module):
@@ -105,8 +105,10 @@ class Block(nn.Module):
             total = self._sum(x)
             return F.relu(total) if relu else total
         # Who listens to a convolution may keep what it hears.
-        spent = [b.makes_map and not any(map(has_hooks, b.modules())) for b in branches]
-        maps = [b.before_norm(x) for b in branches]
+        heard = [any(map(has_hooks, b.modules())) for b in branches]
+        spent = [b.makes_map and not h for b, h in zip(branches, heard, strict=True)]
+        inputs = shared(x, [b.subsample for b in branches], spent=not any(heard))
+        maps = [b.before_norm(read) for b, read in zip(branches, inputs, strict=True)]
         return normalized_sum(maps, [b.bn for b in branches], relu=relu, spent=spent)
 
     def affine(self, dtype: torch.dtype = torch.float64) -> Affine:

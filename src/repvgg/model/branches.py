@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from repvgg.model.affine import Affine, identity_map
+from repvgg.model.fused import every
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,21 @@ class Normed(Branch):
 
     Attributes:
         bn: the BatchNorm, or ``nn.Identity``.
+        subsample: of how many rows and columns of the input the branch reads one.
         makes_map: ``before_norm`` gives a new map, which no backward but the BatchNorm's reads.
     """
 
     bn: nn.Module
+    subsample = 1
     makes_map = False
 
     def before_norm(self, x: Tensor) -> Tensor:
-        """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉, not yet normalised."""
+        """The pixels that the branch reads, to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉, not yet normalised."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """N × in_channels × H × W to N × out_channels × ⌈H/stride⌉ × ⌈W/stride⌉."""
-        normalized: Tensor = self.bn(self.before_norm(x))
+        normalized: Tensor = self.bn(self.before_norm(every(x, self.subsample)))
         return normalized
 
 
@@ -154,8 +157,6 @@ class ConvBN(Normed):
 
     def before_norm(self, x: Tensor) -> Tensor:
         """The convolution."""
-        if self.subsample > 1:
-            x = x[:, :, :: self.subsample, :: self.subsample]
         convolved: Tensor = self.conv(x)
         return convolved
 

@@ -74,6 +74,45 @@ def normalized_sum(
     return F.relu(total) if relu else total
 
 
+def every(x: Tensor, n: int) -> Tensor:
+    """Of N × C × H × W, every ``n``-th row and column, from the first."""
+    return x if n == 1 else x[:, :, ::n, ::n]
+
+
+def shared(x: Tensor, subsamples: Sequence[int], *, spent: bool) -> list[Tensor]:
+    """One map as each of its readers reads it: :func:`every` of each of ``subsamples``.
+
+    Args:
+        x: N × C × H × W.
+        subsamples: of each reader.
+        spent: whether nobody else reads the gradients of what the readers read. That of the few pixels is then added to
+            that of all in its place; autograd by itself would spread it over a map of zeros, and add two maps.
+    """
+    few = {n for n in subsamples if n > 1}
+    if torch.compiler.is_compiling() or not (spent and _enabled.get() and 1 in subsamples and len(few) == 1):
+        return [every(x, n) for n in subsamples]
+    whole, pixels = _WholeAndPixels.apply(x, *few)
+    return [whole if n == 1 else pixels for n in subsamples]
+
+
+class _WholeAndPixels(torch.autograd.Function):
+    """Of a map and n: the map, and every n-th row and column of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """N × C × H × W and N × C × ⌈H/n⌉ × ⌈W/n⌉, both of the same memory."""
+        ctx.n = n
+        return x.view_as(x), every(x, n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Of the map."""
+        whole, pixels = gradients
+        every(whole, ctx.n).add_(pixels)
+        return whole, None
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to be told when this module itself is called."""
     return bool(
