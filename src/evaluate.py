@@ -90,12 +90,15 @@ def main(cfg: DictConfig) -> float | None:
     with clear_errors(), no_collections():
         cfg, choices = settle(cfg)
 
-        # Heavy imports from here on: a wrong command has been answered by now.
+        # Heavy imports from here on, torch first: a wrong command has been answered by the end of these lines.
+        from repvgg.learn.devices import require_devices, set_tf32
+
+        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+
         import pytorch_lightning as pl
         from hydra.utils import instantiate
         from rich.console import Console
 
-        from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.evaluate import PREFIX, Evaluation, counted, evaluate, forms_of
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import RunLogger, quiet_lightning
@@ -103,7 +106,6 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.model import load_weights, read_weights, to_deploy
         from repvgg.report import evaluation as report
 
-        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         set_tf32(cfg.tf32)
         quiet_lightning()
         cfg.run.name = cfg.run.name or f"{subject(choices)}-eval"

@@ -103,14 +103,17 @@ def main(cfg: DictConfig) -> float | None:
         if (earlier := finished_before(cfg.output_dir, logged_config(cfg, choices))) is not None:
             return earlier.objective
 
-        # Heavy imports from here on: a wrong command has been answered by now.
+        # Heavy imports from here on, torch first: a wrong command has been answered by the end of these lines.
+        from repvgg.learn.devices import require_devices, set_tf32
+
+        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+
         import pytorch_lightning as pl
         from hydra.utils import instantiate
 
         from repvgg.learn.batchnorm import check_batchnorm
         from repvgg.learn.checkpoint import newest_whole, require_continuable
         from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing
-        from repvgg.learn.devices import require_devices, set_tf32
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
         from repvgg.learn.optim import batch_per_device
@@ -118,7 +121,6 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.learn.run import describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
 
-        require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
         check_batchnorm(cfg.batchnorm, cfg.trainer.accelerator, cfg.trainer.devices)
         set_tf32(cfg.tf32)
         quiet_lightning()

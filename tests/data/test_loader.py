@@ -140,6 +140,7 @@ def test_validation_crops_match_pils_resize_and_centre_crop(varied: Path, size: 
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1, (i, whole.size)
 
 
+@pytest.mark.slow
 def test_stock_operations_yield_the_same_shapes(square: Path) -> None:
     for transform in (PadCrop(32, 4), RandomResizedCrop(24)):
         # One thread: FFCV compiles its operations several times faster without parallel loops.

@@ -122,6 +122,7 @@ def test_inference_beside_another_implementation(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "inference.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_training_steps_with_memory_and_the_block_unfused() -> None:
     done = benchmark("train", *SMALL, *QUICK[:-1], "--unfused")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -45,6 +45,7 @@ def ended(command: list[str], log: Path) -> tuple[int, str]:
     return code, log.read_text()
 
 
+@pytest.mark.slow
 def test_an_image_that_does_not_decode_ends_a_training_with_its_number(data: Path, tmp_path: Path) -> None:
     garble(data / "train.beton", 700)
     code, said = ended(training(data, tmp_path, "data.check=tables", "recipe.batch_size=32"), tmp_path / "log")

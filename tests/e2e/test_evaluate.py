@@ -148,6 +148,7 @@ def test_wandb_has_the_same(evaluated: Path) -> None:
     assert {"eval/top1", "eval/deploy/top1", "reparam/rel_l2_diff"} <= set(offline.history.columns)
 
 
+@pytest.mark.slow
 def test_the_authors_names_give_the_same_numbers(
     official: dict[str, Path], evaluated: Path, data: list[str], tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_authors_names_give_the_same_numbers(
     assert (tmp_path / "per_class.csv").read_text() == (evaluated / "per_class.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_deployed_file_at_another_resolution(official: dict[str, Path], data: list[str], tmp_path: Path) -> None:
     small = ["resolution=24", "resize=28", "trainer.precision=bf16-mixed", f"hydra.run.dir={tmp_path}"]
     done = python("evaluate", f"ckpt={official['deploy']}", *data, *SMALL, *small)
@@ -183,6 +185,7 @@ def test_two_processes_evaluate_to_the_same(run: Path, evaluated: Path, tmp_path
     assert (tmp_path / "per_class.csv").read_text() == (evaluated / "per_class.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_training_begins_with_the_weights_of_a_file(
     official: dict[str, Path], data: list[str], tmp_path: Path
 ) -> None:

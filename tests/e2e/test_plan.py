@@ -51,6 +51,7 @@ def test_a_plan_of_b1_on_8_gpus_that_are_not_here(tmp_path: Path) -> None:
     assert (plan["train"]["images"], plan["scales"][0]["schedule"]["left_out"]) == (1_281_167, 143)
 
 
+@pytest.mark.slow
 def test_from_8_to_1024_devices() -> None:
     done = command(
         *("plan.py", "model=repvgg_a0", "trainer=ddp", "trainer.devices=8", NOWHERE, "plan.devices=[8,16,64,1024]"),

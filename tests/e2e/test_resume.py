@@ -15,6 +15,8 @@ import torch
 from repvgg.learn.checkpoint import damage
 from support.faults import SMALL, Differences, Start, Training, differences, events
 
+# Trainings of a minute in all; learn/test_resume.py holds the same laws in one process.
+pytestmark = pytest.mark.slow
 TWO_EPOCHS = ["logger=wandb_offline", "trainer.max_epochs=2"]
 NOTHING = Differences([], [])
 
@@ -90,7 +92,6 @@ def test_a_finished_run_is_not_trained_again(whole: Training) -> None:
     assert len(events(whole.directory)) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("what", "times"), [("begin", 1), ("checkpoint", 1), ("validation", 3), ("test", 1)])
 def test_a_kill_at_any_time_costs_nothing(what: str, times: int, whole: Training, run: Training) -> None:
     stop(run, signal.SIGKILL, what, times)
@@ -99,7 +100,6 @@ def test_a_kill_at_any_time_costs_nothing(what: str, times: int, whole: Training
     assert (found.result, found.rows) == ([], [])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 75), ("SIGUSR2", 75)])
 def test_a_signal_saves_and_leaves(name: str, code: int, whole: Training, run: Training) -> None:
     start = stop(run, signal.Signals[name], "training", 11)
@@ -110,7 +110,6 @@ def test_a_signal_saves_and_leaves(name: str, code: int, whole: Training, run: T
     assert differences(whole.directory, run.directory) == NOTHING
 
 
-@pytest.mark.slow
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole: Training, run: Training) -> None:
     stop(run, signal.SIGKILL, "training", 30)
     last = run.directory / "checkpoints" / "last.ckpt"
@@ -124,7 +123,6 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole: Training, 
     assert (found.result, found.rows) == ([], [])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "signum", "code"), [(0, signal.SIGKILL, -9), (1, signal.SIGKILL, 76), (1, signal.SIGTERM, 143)]
 )
@@ -138,7 +136,6 @@ def test_what_happens_to_one_rank_ends_both_and_costs_nothing(
     assert (found.result, found.rows) == ([], [])
 
 
-@pytest.mark.slow
 def test_a_step_that_was_poisoned_is_named_and_once_put_right_costs_nothing(whole: Training, run: Training) -> None:
     poison = "+callbacks.poison={_target_:support.faults.Poison,step:27}"
     with run.started(poison) as start:

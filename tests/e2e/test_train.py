@@ -36,6 +36,11 @@ LOGGED = {
 SUMMARY = {"test/top1", "test/top5", "test/deploy/top1", "test/deploy/top5", "test/best_epoch"}
 
 
+def heavy(*values: list[str]) -> object:
+    """A case that is found only after torch and Lightning are imported: seconds of it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "src/train.py", *arguments]
 
@@ -98,6 +103,7 @@ def test_leaves_a_record_and_both_checkpoints(finished: Path) -> None:
     assert (finished / "metrics.csv").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(finished: Path, data: list[str], tmp_path: Path) -> None:
     train(*DIGITS, *data, "trainer.max_epochs=2", "seed=7", "logger=csv", f"hydra.run.dir={tmp_path}")
     a, b = record(finished)["metrics"], record(tmp_path)["metrics"]
@@ -107,6 +113,7 @@ def test_the_same_seed_gives_the_same_numbers(finished: Path, data: list[str], t
     }
 
 
+@pytest.mark.slow
 def test_continues_from_a_checkpoint(finished: Path, data: list[str], tmp_path: Path) -> None:
     last = finished / "checkpoints" / "last.ckpt"
     train(*DIGITS, *data, "trainer.max_epochs=3", "logger=csv", f"ckpt_path={last}", f"hydra.run.dir={tmp_path}")
@@ -157,16 +164,16 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
         (["data=digits", "recipy.lr=3"], ["Did you mean recipe", "Keys of the config"]),
         (["data=digits", "trainer.devices=8"], ["8 GPUs", "trainer=cpu"]),
         (["data=digits", "trainer=cpu", "trainer.precision=bf17"], ["bf17", "bf16-mixed"]),
-        (
+        heavy(
             ["data=digits", "trainer.accelerator=cpu", "trainer.devices=3", "logger=csv"],
             ["recipe.batch_size=256", "try recipe.batch_size=255 or 258"],
         ),
-        (["data=digits", "trainer=cpu", "net.depths=[1,2]"], ["depths=[1, 2]", "four numbers"]),
-        (
+        heavy(["data=digits", "trainer=cpu", "net.depths=[1,2]"], ["depths=[1, 2]", "four numbers"]),
+        heavy(
             ["data=digits", "trainer=cpu", "logger=csv", "recipe.warmup_epochs=7", "trainer.max_epochs=5"],
             ["does not fit into", "lower recipe.warmup_epochs or raise trainer.max_epochs"],
         ),
-        (
+        heavy(
             ["data=digits", "trainer=cpu", "logger=csv", "recipe=fast", "compile=false", "recipe.batch_size=64"],
             ["PadCrop cannot change its size", "callbacks.resize=null"],
         ),
@@ -184,6 +191,7 @@ def test_a_wrong_input_gets_one_clear_error(arguments: list[str], says: list[str
     assert not list(tmp_path.rglob("*.wandb"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_files_says_its_number_of_classes(digits: Path, tmp_path: Path) -> None:
     folder = ["data=folder", f"data.dir={digits}", "data.resolution=32", "trainer=cpu", "logger=csv", *SMALL]
     wrong = train(*folder, "data.num_classes=12", f"hydra.run.dir={tmp_path / 'wrong'}", check=False)

@@ -74,6 +74,7 @@ def test_one_split_of_hugging_face_files(photos: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "train.beton").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_twice_the_same_command_ends_it(tmp_path: Path) -> None:
     original = tmp_path / "photo.jpg"
     photo(np.random.default_rng(0), (1200, 900)).save(original)
@@ -109,6 +110,7 @@ def test_interrupted_twice_the_same_command_ends_it(tmp_path: Path) -> None:
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_ffcvs_own_writer_is_adopted(photos: Path, tmp_path: Path) -> None:
     code = f"""
 import numpy as np

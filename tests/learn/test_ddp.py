@@ -68,7 +68,8 @@ def images_101(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("devices", "batch"), [(3, 33), pytest.param(2, 10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "batch"), [(3, 33), (2, 10)])
 def test_every_image_counts_once_whatever_the_ranks(devices: int, batch: int, images_101: Path, tmp_path: Path) -> None:
     """101 images: ranks with different numbers of batches, and last batches of any size."""
     scores = []

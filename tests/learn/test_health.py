@@ -447,6 +447,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_rank_0_alone_diagnoses_its_own_network(two_ranks: Path, tmp_path: Path) -> None:
     ranks = [torch.load(two_ranks / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert len(ranks[0]["keys"]) > 30

@@ -3,17 +3,19 @@
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning_fabric.plugins.precision import precision
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from repvgg.cli import ROOT, prepare_environment
 from repvgg.learn.checkpoint import AtomicCheckpointIO
-from repvgg.learn.devices import require_devices, set_tf32
+from repvgg.learn.devices import PRECISIONS, require_devices, set_tf32
 from repvgg.learn.perf import PerfMonitor
 from support.training import classifier, datamodule, trainer, two_forms
 
@@ -88,6 +90,13 @@ def test_recipe_values_are_checked() -> None:
         classifier(lr=-1)
 
 
+def test_precisions_are_lightnings() -> None:
+    literals = (precision._PRECISION_INPUT_STR, precision._PRECISION_INPUT_STR_ALIAS)
+    assert sorted(PRECISIONS) == sorted(name for literal in literals for name in get_args(literal))
+    for number in get_args(precision._PRECISION_INPUT_INT):
+        require_devices("auto", 1, number)
+
+
 def test_missing_gpus_and_silent_precisions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"asks for 64 GPUs, this machine has \d+.*trainer=cpu"):
         require_devices("gpu", 64, "32-true")
@@ -95,6 +104,8 @@ def test_missing_gpus_and_silent_precisions_are_refused() -> None:
         require_devices("gpu", [0, 99], "32-true")
     with pytest.raises(ValueError, match=r"trainer\.precision=16-mixed needs a GPU"):
         require_devices("cpu", 1, "16-mixed")
+    with pytest.raises(ValueError, match=r"trainer\.precision=bf17: choose 32-true, 16-mixed, bf16-mixed"):
+        require_devices("cpu", 1, "bf17")
     require_devices("cpu", 2, "bf16-mixed")
 
 

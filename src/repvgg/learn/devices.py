@@ -1,4 +1,4 @@
-"""Whether this machine has what a run asks for, said before anything is built."""
+"""Whether this machine has what a run asks for, said before anything is built. Torch is all that it imports."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+#: Lightning's names, its aliases after them.
+PRECISIONS = (
+    *("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
+    *("transformer-engine", "transformer-engine-float16", "32", "16", "bf16", "64"),
+)
 HALF_ON_GPU_ONLY = ("16-mixed", "16-true", "16")
 
 
@@ -13,8 +18,11 @@ def require_devices(accelerator: str, devices: int | str | Sequence[int], precis
     """Refuse what would otherwise fail late or run as something else.
 
     Raises:
-        ValueError: more GPUs than there are, or float16 on a CPU, where Lightning would quietly take bfloat16.
+        ValueError: a precision that is none, more GPUs than there are, or float16 on a CPU, where Lightning would
+            quietly take bfloat16.
     """
+    if str(precision) not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision}: choose {', '.join(PRECISIONS[:6])}")
     if accelerator == "cpu":
         if str(precision) in HALF_ON_GPU_ONLY:
             raise ValueError(
