@@ -12,7 +12,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from repvgg.checkpoints import Network, load_network, metadata_of
-from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
+from repvgg.cli import (
+    clear_errors,
+    interruptible,
+    key_suggestions,
+    prepare_environment,
+    quote_paths,
+    require_checkpoint,
+    typed_of,
+)
 
 if TYPE_CHECKING:
     from torch import dtype, nn
@@ -26,13 +34,10 @@ IMAGES, PIXELS, SEED = 4, 64, 0
 
 def check(cfg: DictConfig, typed: list[str]) -> None:
     """Raise ValueError for what is wrong with a command, before anything heavy is imported."""
-    keys = {typed_one: typed_one.lstrip("+~").partition("=")[0].partition(".")[0] for typed_one in typed}
-    ignored = [override for override, key in keys.items() if key not in (*OF_NETWORK, *OWN)]
-    if ignored:
+    read = typed_of(typed, (*OF_NETWORK, *OWN))
+    if ignored := [override for override in typed if override not in read]:
         raise ValueError(f"{' '.join(ignored)}: a conversion reads only {', '.join(OF_NETWORK)} of train.py")
-    if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
-        missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
-        raise ValueError(f"{missing}. Of a run it is\n  python src/convert.py ckpt=RUN/checkpoints/best.ckpt out=FILE")
+    require_checkpoint(cfg.ckpt, "convert", "out=FILE")
     for key, known in {"form": (None, "train", "deploy"), "fold_dtype": ("float64", "float32")}.items():
         if cfg[key] not in known:
             raise ValueError(f"{key}={cfg[key]}: choose {' or '.join(filter(None, known))}")

@@ -18,7 +18,9 @@ from repvgg.cli import (
     prepare_environment,
     quote_paths,
     recorded,
+    require_checkpoint,
     run_group,
+    typed_of,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
 from repvgg.deploy.int8_options import require_int8
@@ -35,12 +37,9 @@ GROUPS = ("model", "ablation", "data", "trainer", "logger")
 def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     """The config of this evaluation, with what the checkpoint's run says where nothing else was typed; its choices."""
     typed = list(HydraConfig.get().overrides.task)
-    ignored = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING]
-    if ignored:
+    if ignored := typed_of(typed, OF_TRAINING):
         raise ValueError(f"{' '.join(ignored)}: an evaluation does not read {', '.join(OF_TRAINING)}")
-    if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
-        missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
-        raise ValueError(f"{missing}. Of a run it is\n  python src/evaluate.py ckpt=RUN/checkpoints/best.ckpt")
+    require_checkpoint(cfg.ckpt, "evaluate")
     if cfg.forms not in (None, "both", "train", "deploy"):
         raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
     if cfg.int8 is not None:

@@ -13,7 +13,15 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
+from repvgg.cli import (
+    clear_errors,
+    interruptible,
+    key_suggestions,
+    prepare_environment,
+    quote_paths,
+    require_checkpoint,
+    typed_of,
+)
 from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files
 from repvgg.deploy.int8_options import require_int8
 
@@ -33,12 +41,9 @@ BATCH = 32
 
 def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
     """What can be wrong before anything is imported; the format and the file to write."""
-    ignored = [o for o in typed if o.lstrip("+~").partition("=")[0].partition(".")[0] in OF_TRAINING]
-    if ignored:
+    if ignored := typed_of(typed, OF_TRAINING):
         raise ValueError(f"{' '.join(ignored)}: an export does not read {', '.join(OF_TRAINING)}")
-    if cfg.ckpt is None or not Path(cfg.ckpt).is_file():
-        missing = "ckpt=PATH is missing" if cfg.ckpt is None else f"ckpt={cfg.ckpt}: there is no such file"
-        raise ValueError(f"{missing}. Of a run it is\n  python src/export.py ckpt=RUN/checkpoints/best.ckpt")
+    require_checkpoint(cfg.ckpt, "export")
     if cfg.form not in (None, "train", "deploy"):
         raise ValueError(f"form={cfg.form}: choose train or deploy, or null for the checkpoint's")
     if cfg.check not in ("data", "random"):

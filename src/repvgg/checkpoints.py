@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from repvgg.cli import NODE_OF_GROUP, ROOT, options
+from repvgg.identity import key_of
 
 if TYPE_CHECKING:
     from torch import dtype, nn
@@ -115,7 +116,7 @@ def load_network(
             f"python src/train.py init_from={checkpoint}"
         )
     settled = settle(config_name, checkpoint, typed)
-    if not {"net.num_classes", "data.num_classes"} & set(map(_key, typed)):
+    if not {"net.num_classes", "data.num_classes"} & set(map(key_of, typed)):
         settled.cfg.net.num_classes = weights.num_classes
     net = _made(settled.cfg.net, weights.form, with_values=False)
     if dict(net.named_buffers()).keys() - net.state_dict().keys():  # constants that no file has, as Orepa's
@@ -141,7 +142,7 @@ def settle(config_name: str, checkpoint: str | Path, typed: Sequence[str]) -> Se
         ValueError: see :func:`load_network`.
     """
     of_file, origin = overrides_of_run(checkpoint, typed), "Of the checkpoint's run: {}"
-    known = {_key(override) for override in [*typed, *of_file]}
+    known = {key_of(override) for override in [*typed, *of_file]}
     certain = True
     if not {"model", "ablation"} <= known:
         of_file, origin, certain = _of_the_file(checkpoint, typed)
@@ -155,7 +156,7 @@ def settle(config_name: str, checkpoint: str | Path, typed: Sequence[str]) -> Se
             "Choose model=, ablation= and data= yourself"
         ) from error
     choices = {str(group): str(name) for group, name in cfg.hydra.runtime.choices.items() if "/" not in str(group)}
-    known = {_key(override) for override in [*typed, *of_file]} - (set() if certain else {"ablation"})
+    known = {key_of(override) for override in [*typed, *of_file]} - (set() if certain else {"ablation"})
     return Settled(
         cfg=OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]),
         choices=choices,
@@ -178,15 +179,11 @@ def overrides_of_run(checkpoint: str | Path, typed: Sequence[str]) -> list[str]:
     if not saved.is_file():
         return []
     hydra = OmegaConf.load(saved).hydra
-    keys = {_key(override) for override in typed}
+    keys = {key_of(override) for override in typed}
     groups = {group: node for group, node in OF_THE_NETWORK.items() if group not in keys}
     overrides = [f"{group}={hydra.runtime.choices[group]}" for group in groups if group in hydra.runtime.choices]
     nodes = tuple(f"{node}." for node in groups.values())
-    return overrides + [o for o in hydra.overrides.task if _key(o).startswith(nodes) and _key(o) not in keys]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+    return overrides + [o for o in hydra.overrides.task if key_of(o).startswith(nodes) and key_of(o) not in keys]
 
 
 def _of_the_file(checkpoint: str | Path, typed: Sequence[str]) -> tuple[list[str], str, bool]:
@@ -218,7 +215,7 @@ def _of_the_file(checkpoint: str | Path, typed: Sequence[str]) -> tuple[list[str
 
 def _options_of(overrides: Sequence[str]) -> dict[str, str]:
     """Model and ablation, where the overrides choose them."""
-    return {_key(o): o.partition("=")[2] for o in overrides if _key(o) in NODE_OF_GROUP}
+    return {key_of(o): o.partition("=")[2] for o in overrides if key_of(o) in NODE_OF_GROUP}
 
 
 def _as_overrides(match: tuple[str, str], typed: Mapping[str, str]) -> str:
@@ -232,7 +229,7 @@ NUMBERS = ("depths", "width_a", "width_b", "groups", "squeeze_excite", "in_chann
 
 def _said(metadata: Mapping[str, str], typed: Sequence[str]) -> list[str]:
     """Choices and numbers of the network that a file's metadata has and that were not typed, as overrides."""
-    keys = {_key(override) for override in typed}
+    keys = {key_of(override) for override in typed}
     said = [
         f"{group}={metadata[group]}"
         for group in OF_THE_NETWORK

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from repvgg.identity import on_data
+from repvgg.identity import key_of, on_data
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -45,6 +45,20 @@ WRONG_INPUT = 2
 def prepare_environment() -> None:
     """What the configs read; call it before Hydra's main."""
     os.environ.setdefault("PROJECT_ROOT", str(ROOT))
+
+
+def require_checkpoint(ckpt: str | None, script: str, more: str = "") -> None:
+    """Raise ValueError, with a command of ``src/SCRIPT.py``, where ``ckpt=`` is missing or names no file."""
+    if ckpt is None or not Path(ckpt).is_file():
+        missing = "ckpt=PATH is missing" if ckpt is None else f"ckpt={ckpt}: there is no such file"
+        raise ValueError(
+            f"{missing}. Of a run it is\n  python src/{script}.py ckpt=RUN/checkpoints/best.ckpt{more and ' '}{more}"
+        )
+
+
+def typed_of(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Those of ``overrides`` whose first key is one of ``keys``."""
+    return [o for o in overrides if key_of(o).partition(".")[0] in keys]
 
 
 @contextmanager

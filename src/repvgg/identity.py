@@ -47,7 +47,8 @@ HASH_LENGTH = 6
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-def _key(override: str) -> str:
+def key_of(override: str) -> str:
+    """``a.b`` of the override ``+a.b=1``."""
     return override.lstrip("+~").partition("=")[0]
 
 
@@ -57,7 +58,7 @@ def _is_under(key: str, nodes: Iterable[str]) -> bool:
 
 def fingerprint(overrides: Iterable[str]) -> str:
     """Six hexadecimal digits that stand for a set of overrides, in whatever order, less those without influence."""
-    told = sorted(o for o in overrides if not _is_under(_key(o), WITHOUT_INFLUENCE))
+    told = sorted(o for o in overrides if not _is_under(key_of(o), WITHOUT_INFLUENCE))
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:HASH_LENGTH]
 
 
@@ -93,8 +94,8 @@ def run_folder(*, _root_: DictConfig) -> str:
 def sweep_folder(*, _root_: DictConfig) -> str:
     """`${sweep_folder:}`: what is varied, and the fingerprint of all that was typed."""
     typed = list(_root_.hydra.overrides.task)
-    varied = [_key(o).rpartition(".")[2] for o in typed if _has_several(o.partition("=")[2])]
-    experiments = [o.partition("=")[2].strip("[]'\"").replace(",", "_") for o in typed if _key(o) == "experiment"]
+    varied = [key_of(o).rpartition(".")[2] for o in typed if _has_several(o.partition("=")[2])]
+    experiments = [o.partition("=")[2].strip("[]'\"").replace(",", "_") for o in typed if key_of(o) == "experiment"]
     named = re.sub(r"[^A-Za-z0-9_-]", "", "-".join([*experiments, *varied])[:60])
     return f"{named or 'sweep'}-{fingerprint(typed)}"
 
