@@ -91,23 +91,32 @@ class Losses(pl.Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def fit(directory: Path, callbacks: list[pl.Callback], files: Path, **options: Any) -> pl.Trainer:
+def fit(
+    directory: Path, callbacks: list[pl.Callback], files: Path, recompute: bool = False, **options: Any
+) -> pl.Trainer:
     options = {"limit_val_batches": 0, **options}
     made = trainer(directory, callbacks, **options)
-    made.fit(classifier(), datamodule=datamodule(files))
+    made.fit(classifier(recompute=recompute), datamodule=datamodule(files))
     return made
 
 
 # --- skip ---
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("precision", "recompute"), [("32-true", False), ("bf16-mixed", False), ("32-true", True)])
 @pytest.mark.parametrize(("accumulate", "batches", "steps"), [(1, (2, 3), (2, 3)), (2, (3,), (1,))])
 def test_a_skipped_step_is_as_if_it_had_not_been(
-    precision: str, accumulate: int, batches: tuple[int, ...], steps: tuple[int, ...], digits: Path, tmp_path: Path
+    precision: str,
+    recompute: bool,
+    accumulate: int,
+    batches: tuple[int, ...],
+    steps: tuple[int, ...],
+    digits: Path,
+    tmp_path: Path,
 ) -> None:
     """Bit for bit: weights, running statistics, momenta, averaged weights, learning rate."""
     options: dict[str, Any] = {
+        "recompute": recompute,
         "limit_train_batches": 6,
         "accumulate_grad_batches": accumulate,
         "precision": precision,
