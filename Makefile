@@ -24,7 +24,8 @@ test: setup
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: test
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist worksteal --ignore tests/cluster
+	$(RUN) -m pytest -m slow tests/cluster
 
 lint: setup
 	$(VENV)/bin/ruff check .
