@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from repvgg.model import Block, ConvBN, ConvShape, Identity
+from repvgg.model import Block, BranchFactory, ConvBN, ConvShape, Identity
 from repvgg.model.fused import MAX_TERMS, every, normalized_sum, shared, unfused
 from support.networks import ABLATIONS, K1, K3, tiny
 
@@ -348,3 +348,26 @@ def test_on_fake_tensors_it_has_shapes_alone() -> None:
         y.sum().backward()
         assert maps[0].grad is not None
         assert maps[0].grad.shape == (2, 16, 4, 4)
+
+
+BARE = partial(Identity.where_it_fits, norm=False)
+
+
+@pytest.mark.parametrize("branches", [*ABLATIONS.values(), [BARE], [BARE, K3], [BARE, K3, K1], [K3, BARE, BARE]])
+def test_without_a_gradient_sums_are_written_over_and_nothing_else(branches: list[BranchFactory]) -> None:
+    """A block in eval mode: the same bits, and input and branches' outputs as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = Block(ConvShape(6, 6), branches).eval()
+        x = torch.randn(2, 6, 9, 9)
+    expected, before = block(x), x.clone()
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
+    assert torch.equal(x, before)
+    heard: list[Tensor] = []
+    handle = block.activation.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    with torch.inference_mode():
+        assert torch.equal(block(x), expected)
+    handle.remove()
+    assert torch.equal(heard[0].relu(), expected)
+    assert heard[0].min() < 0

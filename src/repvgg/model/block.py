@@ -83,20 +83,32 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if not self.training or torch.compiler.is_compiling():  # which fuses by itself
+        if torch.compiler.is_compiling():  # which fuses by itself
             return self.activation(self.se(self.norm(self._sum(x))))
         # Where nothing stands between the last sum and a ReLU, both are one operation.
         rectified = type(self.activation) is nn.ReLU and type(self.se) is nn.Identity and not has_hooks(self.activation)
         normed = type(self.norm) is not nn.Identity
+        if not self.training:
+            total = self.norm(self._sum(x))
+            if rectified and not normed and self._owns_sum():
+                return F.relu_(total)
+            return self.activation(self.se(total))
         total = self._normalized_sum(x, relu=rectified and not normed)
         if normed:
             total = normalized_sum([total], [self.norm], relu=rectified)
         return total if rectified else self.activation(self.se(total))
 
+    def _owns_sum(self) -> bool:
+        """Whether the sum of branches is a new map that no backward reads: it may be written over."""
+        return len(self.branches) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
     def _sum(self, x: Tensor) -> Tensor:
         total: Tensor = self.branches[0](x)
-        for branch in self.branches[1:]:
-            total = total + branch(x)
+        for number, branch in enumerate(self.branches[1:], start=1):
+            term = branch(x)
+            # Of the first two the sum is a new map; a branch alone may give its input.
+            in_place = number > 1 and term.dtype == total.dtype and self._owns_sum()
+            total = total.add_(term) if in_place else total + term
         return total
 
     def _normalized_sum(self, x: Tensor, *, relu: bool) -> Tensor:
