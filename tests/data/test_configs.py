@@ -58,6 +58,7 @@ def test_the_constants_of_embedded_data_are_those_of_the_images(make: Callable[.
     assert np.allclose(images.std(axis=(0, 1, 2)), config.std, atol=1.0)
 
 
+@pytest.mark.slow
 def test_write_dataset_writes_two_folders_of_images(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for label in ("cat", "dog"):

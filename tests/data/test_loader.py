@@ -284,6 +284,7 @@ def test_a_wrong_order_of_operations_is_an_error_not_a_loop(square: Path, late: 
         plain_loader(square, [decoder(square), ToTensor(), ToTorchImage(), late])
 
 
+@pytest.mark.slow
 def test_ffcvs_compiled_operations_can_follow_the_fused_decoder(square: Path) -> None:
     images, labels = joined(
         plain_loader(square, [decoder(square), RandomHorizontalFlip(1.0), ToTensor(), ToTorchImage()])

@@ -187,6 +187,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_its_workers_end_and_the_same_call_continues(
     faulty_sources: ModuleType, tmp_path: Path
 ) -> None:

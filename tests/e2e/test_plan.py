@@ -22,6 +22,11 @@ from support.paper import ABLATION_TRAIN_PARAMS, VARIANTS
 NOWHERE = "data.dir=/nowhere"
 
 
+def heavy(arguments: list[str], says: str) -> object:
+    """A case that is found only after torch and Lightning are imported: seconds of it."""
+    return pytest.param(arguments, says, marks=pytest.mark.slow)
+
+
 def command(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "src" / script), *arguments],
@@ -92,16 +97,16 @@ def test_a_sweep_has_a_line_for_every_run_and_leaves_nothing(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trainer.devices=1024"], "recipe.batch_size=256 is the number of images per optimiser step"),
-        (["trainer.devices=8", "plan.devices=[1024]"], "plan.batch_per_device=N gives every device N"),
+        heavy(["trainer.devices=1024"], "recipe.batch_size=256 is the number of images per optimiser step"),
+        heavy(["trainer.devices=8", "plan.devices=[1024]"], "plan.batch_per_device=N gives every device N"),
         (["trainer.devices=-1"], "trainer.devices=-1: a plan must know how many"),
-        (["trainer.devices=8", "plan.devices=[12]"], "plan.devices has 12, and a node has trainer.devices=8"),
+        heavy(["trainer.devices=8", "plan.devices=[12]"], "plan.devices has 12, and a node has trainer.devices=8"),
         (["trainer.strategy=fsdp"], "trainer.strategy=fsdp: memory and exchange are counted for auto and ddp"),
-        (["trainer.precision=8"], "trainer.precision=8: memory is counted for 32-true"),
-        (["plan.short_side=100"], "plan.short_side=100: measured are 384, 320, 256"),
-        (["plan.bandwidth_gb_s=-1"], "plan.bandwidth_gb_s=-1 must be positive"),
+        heavy(["trainer.precision=8"], "trainer.precision=8: memory is counted for 32-true"),
+        heavy(["plan.short_side=100"], "plan.short_side=100: measured are 384, 320, 256"),
+        heavy(["plan.bandwidth_gb_s=-1"], "plan.bandwidth_gb_s=-1 must be positive"),
         (["data=folder"], "data.num_classes=N"),
-        (["data=folder", "data.num_classes=3"], "plan.train_images=N"),
+        heavy(["data=folder", "data.num_classes=3"], "plan.train_images=N"),
         (["out=/nowhere/plan.json"], "out=/nowhere/plan.json: there is no directory /nowhere"),
         (["-m", "hydra/sweeper=optuna"], "hydra/sweeper=optuna chooses each run after the one before"),
     ],

@@ -239,6 +239,7 @@ def stopped_by(signum: signal.Signals, data: list[str], directory: Path) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_online_without_a_key_names_both_ways_out(data: list[str], tmp_path: Path) -> None:
     nothing = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     keyless = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY"} | nothing

@@ -194,6 +194,7 @@ def test_a_batch_is_the_same_however_it_is_shared(digits: Path, tmp_path: Path) 
     assert distance(batchnorm["net"], several["batchnorm"][0]["net"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_whole_steps(digits: Path, tmp_path: Path) -> None:
     """A last window of fewer batches would be a 15th step with a part of its images' gradient."""
     whole, accumulated = (fit(digits, tmp_path, accumulate=a, limit_val_batches=1) for a in (1, 2))

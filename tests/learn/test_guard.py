@@ -379,7 +379,8 @@ torch.save(state, out / f"rank{made.global_rank}.pt")
 """
 
 
-@pytest.mark.parametrize(("mode", "late"), [("stop", False), pytest.param("stop", True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "late"), [("stop", False), ("stop", True)])
 def test_all_ranks_stop_together_when_one_is_hit(mode: str, late: bool, digits: Path, tmp_path: Path) -> None:
     run(TWO_RANKS, tmp_path, digits, tmp_path, mode, late)
     a, b = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

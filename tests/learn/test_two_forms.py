@@ -100,6 +100,7 @@ def test_bfloat16_is_checked_in_float32(digits: Path, tmp_path: Path) -> None:
     assert run.callback_metrics["reparam/rel_l2_diff"] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_validated_too(digits: Path, tmp_path: Path) -> None:
     module = classifier()
     module.net.compile(backend="eager")

@@ -139,8 +139,8 @@ class ConvBN(Normed):
         if min(height, width) < 1 or not height % 2 or not width % 2:
             raise ValueError(f"kernel_size={kernel_size} is not odd: it has no centre to align with other branches")
         # A 1×1 convolution with stride s reads every s-th pixel and nothing else. Taking those pixels first is the
-        # same map; the strided kernel's backward in channels_last corrupts the heap on CPU (torch 2.13, few input
-        # channels, large maps: stage 0's 1×1 branch exactly).
+        # same map; the strided kernel's backward in channels_last writes outside of its memory on a CPU (torch 2.13,
+        # fewer than 16 input channels, large maps: stage 0's 1×1 branch exactly).
         pointwise = height == width == 1
         self.subsample = shape.stride if pointwise else 1
         self.conv = nn.Conv2d(
