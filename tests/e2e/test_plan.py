@@ -16,15 +16,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from repvgg.cli import ROOT
+from support.commands import heavy
 from support.paper import ABLATION_TRAIN_PARAMS, VARIANTS
 
 #: ImageNet without its files.
 NOWHERE = "data.dir=/nowhere"
-
-
-def heavy(arguments: list[str], says: str) -> object:
-    """A case that is found only after torch and Lightning are imported: seconds of it."""
-    return pytest.param(arguments, says, marks=pytest.mark.slow)
 
 
 def command(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from repvgg.report.offline import find_offline_runs, read_offline_run
+from support.commands import heavy
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -34,11 +35,6 @@ LOGGED = {
     *("perf/images_per_s", "perf/data_wait_share", "perf/gpu_mem_peak_gib"),
 }
 SUMMARY = {"test/top1", "test/top5", "test/deploy/top1", "test/deploy/top5", "test/best_epoch"}
-
-
-def heavy(*values: list[str]) -> object:
-    """A case that is found only after torch and Lightning are imported: seconds of it."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def command(*arguments: str) -> list[str]:

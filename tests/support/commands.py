@@ -11,10 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "src/train.py"]
+
+
+def heavy(*values: object) -> object:
+    """A case of a parametrized test that takes seconds, because torch and Lightning must be imported for it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def small(digits: Path, root: Path, *more: str, epochs: int = 1) -> list[str]:
