@@ -8,11 +8,11 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 # What ffcv's build and the JPEG decoders need from the system.
 SYSTEM := libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config build-essential python3-dev python3-venv
 
-.PHONY: help demo test test-all lint format types setup peers system clean
+.PHONY: help demo test test-slow test-all lint format types setup peers system clean
 help:
 	@echo "make demo      set up, then train the four ablations of Table 6 on handwritten digits (CPU, minutes)"
 	@echo "make test      set up, then the tests that take seconds"
-	@echo "make test-all  the slow ones too"
+	@echo "make test-slow those that take minutes; make test-all: both"
 	@echo "make lint      ruff; make types: mypy; make format: ruff format"
 	@echo "make peers     timm, for benchmark.py --against timm"
 	@echo "make setup     system libraries, $(VENV), pinned packages"
@@ -23,9 +23,12 @@ demo: setup
 test: setup
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
-test-all: test
-	$(RUN) -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist worksteal --ignore tests/cluster
+# Those of a real Slurm one after another: they share its ports.
+test-slow: setup
+	$(RUN) -m pytest -m slow --numprocesses auto --maxprocesses 2 --dist worksteal --durations=15 --ignore tests/cluster
 	$(RUN) -m pytest -m slow tests/cluster
+
+test-all: test test-slow
 
 lint: setup
 	$(VENV)/bin/ruff check .

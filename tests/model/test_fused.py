@@ -364,10 +364,11 @@ def test_without_a_gradient_sums_are_written_over_and_nothing_else(branches: lis
     with torch.no_grad():
         assert torch.equal(block(x), expected)
     assert torch.equal(x, before)
-    heard: list[Tensor] = []
-    handle = block.activation.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
-    with torch.inference_mode():
-        assert torch.equal(block(x), expected)
-    handle.remove()
-    assert torch.equal(heard[0].relu(), expected)
-    assert heard[0].min() < 0
+    for listened in (block.norm, block.se, block.activation):
+        heard: list[Tensor] = []
+        handle = listened.register_forward_pre_hook(lambda _, inputs, to=heard: to.append(inputs[0]))
+        with torch.inference_mode():
+            assert torch.equal(block(x), expected)
+        handle.remove()
+        assert torch.equal(heard[0].relu(), expected)
+        assert heard[0].min() < 0

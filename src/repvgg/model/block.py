@@ -86,7 +86,8 @@ class Block(nn.Module):
         if torch.compiler.is_compiling():  # which fuses by itself
             return self.activation(self.se(self.norm(self._sum(x))))
         # Where nothing stands between the last sum and a ReLU, both are one operation.
-        rectified = type(self.activation) is nn.ReLU and type(self.se) is nn.Identity and not has_hooks(self.activation)
+        after = (self.norm, self.se, self.activation)
+        rectified = type(self.activation) is nn.ReLU and type(self.se) is nn.Identity and not any(map(has_hooks, after))
         normed = type(self.norm) is not nn.Identity
         if not self.training:
             total = self.norm(self._sum(x))
@@ -103,12 +104,13 @@ class Block(nn.Module):
         return len(self.branches) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def _sum(self, x: Tensor) -> Tensor:
-        total: Tensor = self.branches[0](x)
-        for number, branch in enumerate(self.branches[1:], start=1):
+        first, *others = self.branches
+        total: Tensor = first(x)
+        owned = False  # a branch may give its input
+        for branch in others:
             term = branch(x)
-            # Of the first two the sum is a new map; a branch alone may give its input.
-            in_place = number > 1 and term.dtype == total.dtype and self._owns_sum()
-            total = total.add_(term) if in_place else total + term
+            total = total.add_(term) if owned and term.dtype == total.dtype else total + term
+            owned = self._owns_sum()
         return total
 
     def _normalized_sum(self, x: Tensor, *, relu: bool) -> Tensor:
