@@ -3,9 +3,15 @@
 The same command again goes on where the last one stopped, or says what came of it.
 """
 
+import sys
+
+from repvgg.slurm import requeue_on_signal
+
+if __name__ == "__main__":
+    requeue_on_signal(sys.argv[1:])  # before all else is imported: until then a signal ends the job
+
 import faulthandler
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +35,6 @@ from repvgg.cli import (
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import Identity, claim, require_typed_id, run_name
-from repvgg.slurm import requeue_on_signal
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -168,7 +173,6 @@ def main(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     faulthandler.enable()  # last words where a mapped data file cannot be read (SIGBUS) or an extension fails
     prepare_environment()
-    requeue_on_signal(sys.argv[1:])
     with clear_errors():
         require_typed_id(sys.argv[1:])
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt_path", "init_from"])
