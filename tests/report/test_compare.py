@@ -264,7 +264,12 @@ def test_the_papers_table_is_that_of_the_runs_experiment() -> None:
     assert both.number(run("full"), "images_per_s_train_form") == 1061
     assert paper_of([run("mine")]).name == "Table 6"
     assert paper_of([run("full", config={"experiment": "table7"})], "table6").name == "Table 6"
-    with pytest.raises(ValueError, match="paper=table9: experiments/ has table4, table6, table7"):
+    # its numbers are a quantized A0's: only for the runs of that experiment, or by name
+    assert paper_of([run("full"), run("qarepvgg")]).name == "Table 6"
+    int8 = paper_of([run("full", config={"experiment": "int8"})])
+    assert (int8.name, int8.setting) == ("int8 table (arXiv 2212.01593)", "A0 on ImageNet, 120 epochs")
+    assert [int8.number(run(name), "top1_int8") for name in ("full", "qarepvgg", "id")] == [0.522, 0.704, None]
+    with pytest.raises(ValueError, match="paper=table9: experiments/ has table4, table6, table7, int8"):
         paper_of([run()], "table9")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from repvgg.report import page
+from repvgg.report import page, table
 from repvgg.report.compare import Comparison, compare
 from repvgg.report.record import RunRecord
 from repvgg.report.runs import Run, read_runs
@@ -220,3 +220,8 @@ def test_int8_stands_beside_the_other_forms(make_run: Make, tmp_path: Path) -> N
     assert "| top-1 int8 [%] | int8 − deploy [pp] | int8 logits rel. L2 difference |" in header
     assert "| 37.50 ± 17.68 | -37.50 ± 17.68 | 5.0e-01 |" in full
     assert "| 75.00 ± 0.00 | +0.00 ± 0.00 | 5.0e-01 |" in qarepvgg
+    assert table.PAPER_INT8 not in header  # which Table 6 does not have
+    header, _, full, qarepvgg = page.tables(compare(read_runs([str(tmp_path)])[0], paper="int8"))["forms"].splitlines()
+    assert f"| int8 logits rel. L2 difference | {table.PAPER_INT8} |" in header
+    assert "| 5.0e-01 | 52.20 |" in full
+    assert "| 5.0e-01 | 70.40 |" in qarepvgg

@@ -157,6 +157,15 @@ def test_what_no_run_logged_has_no_panel_and_is_named() -> None:
 
 
 @pytest.mark.usefixtures("no_network")
+def test_int8_has_panels_where_it_was_measured_and_no_words_where_not() -> None:
+    measured = METRICS | {"test/int8/top1", "int8/rel_l2_diff", "int8/top1_agreement"}
+    spec = specification(report(metrics=measured), IDS, measured)
+    assert {title for title in panels(spec) if "int8" in title} == {plot.title for plot in workspace.INT8_SECTION[2]}
+    assert used_metrics(spec) == measured | {"epoch"}
+    assert "int8" not in texts(specification(report(), IDS, METRICS))
+
+
+@pytest.mark.usefixtures("no_network")
 def test_a_metric_that_was_renamed_is_an_error() -> None:
     with pytest.raises(ValueError, match="No run has logged val/deploy/top1"):
         specification(report(), IDS, METRICS - {"val/deploy/top1"} | {"val/deployed/top1"})

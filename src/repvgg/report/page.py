@@ -114,6 +114,7 @@ def _forms(comparison: Comparison) -> str:
                 **{name: _spread(group, name) for name in (table.PARAMS_TRAIN, table.PARAMS_DEPLOY)},
                 **{name: _spread(group, name) for name in (table.TOP1_DIFF, table.LOGIT_DIFF)},
                 **{name: _spread(group, name) for name in (table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF)},
+                table.PAPER_INT8: _spread(group, table.PAPER_INT8),
                 **{name: _spread(group, name) for name in (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP)},
                 f"{words} speed, × {comparison.reference}": "" if ours is None else f"{ours:.2f}",
                 "paper": "" if ours is None or theirs is None or not of_base else f"{theirs / of_base:.2f}",
@@ -133,7 +134,7 @@ def _spread(group: Group, column: str) -> str:
     if spread is None:
         return ""
     text = table.NUMBERS[column]
-    without = (table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.LOGIT_DIFF, table.INT8_LOGIT_DIFF)
+    without = (table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.LOGIT_DIFF, table.INT8_LOGIT_DIFF, table.PAPER_INT8)
     with_sd = spread.sd is not None and column not in without
     return (
         f"{text(spread.mean)} ± {text(spread.sd).lstrip('+')}"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 TABLE6 = EXPERIMENTS / "table6.yaml"
+#: What else has a paper's numbers of accuracy, beside the paper's tables; for the runs of that experiment alone.
+OTHERS = ("int8.yaml",)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Paper:
         return name if name in (self.ablations or self.models) and is_full else None
 
     def number(self, record: RunRecord, name: str) -> float | None:
-        """`top1` (fraction of 1), or `images_per_s_*`, of a run's row; None where the paper has none."""
+        """`top1`, `top1_int8` (fractions of 1), or `images_per_s_*`, of a run's row; None where the paper has none."""
         return self.rows.get(self.row(record) or "", {}).get(name)
 
     @property
@@ -74,7 +76,7 @@ def load_paper(path: str | Path = TABLE6) -> Paper:
         rows = "ablations" if "ablations" in paper else "models"
         groups = ("model", "data", "recipe") if rows == "ablations" else ("data", "recipe")
         return Paper(
-            name=re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem).capitalize(),
+            name=paper.get("name") or re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem).capitalize(),
             choices={group: paper[group] for group in groups},
             epochs=content["cost"]["epochs"],
             **{rows: {str(name): numbers for name, numbers in paper[rows].items()}},
@@ -93,7 +95,8 @@ def paper_of(records: Sequence[RunRecord], name: str | None = None) -> Paper:
     with the most of their ablations, or of their models where they have one ablation alone, and with it those of the
     same training that have more of them. Table 6 where none is better. Raises ValueError for a name that is not there.
     """
-    papers = {file.stem: file for file in sorted(EXPERIMENTS.glob("table*.yaml"))}
+    of_tables = sorted(EXPERIMENTS.glob("table*.yaml"))
+    papers = {file.stem: file for file in (*of_tables, *(EXPERIMENTS / name for name in OTHERS))}
     named = {record.config.get("experiment") for record in records}
     if name is None and len(named) == 1:
         (only,) = named
@@ -109,7 +112,7 @@ def paper_of(records: Sequence[RunRecord], name: str | None = None) -> Paper:
         return varies * len({paper.row(record) for record in records} - {None})
 
     # Table 6 first, which is then the one of those that are equally good
-    tables = sorted(map(load_paper, papers.values()), key=lambda paper: paper.name != "Table 6")
+    tables = sorted(map(load_paper, of_tables), key=lambda paper: paper.name != "Table 6")
     best = max(tables, key=rows)
     used = [best]
     for other in tables:
@@ -154,7 +157,7 @@ LOGIT_DIFF = "logits rel. L2 difference"
 #: Of runs with int8=…; in no table without one.
 TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF = "top-1 int8 [%]", "int8 − deploy [pp]", "int8 logits rel. L2 difference"
 SPEED_TRAIN, SPEED_DEPLOY, SPEED_UP = "train form [images/s]", "deploy [images/s]", "speed-up [×]"
-PAPER_TOP1 = "paper top-1 [%]"
+PAPER_TOP1, PAPER_INT8 = "paper top-1 [%]", "paper int8 top-1 [%]"
 PAPER_SPEED = {"train_form": "paper train form [images/s]", "deploy": "paper deploy [images/s]"}
 
 NUMBERS: dict[str, Callable[[float], str]] = {
@@ -171,6 +174,7 @@ NUMBERS: dict[str, Callable[[float], str]] = {
     SPEED_DEPLOY: _rate,
     SPEED_UP: lambda value: f"{value:.2f}",
     PAPER_TOP1: _percent,
+    PAPER_INT8: _percent,
     **dict.fromkeys(PAPER_SPEED.values(), _rate),
 }
 
@@ -223,12 +227,15 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
                 SPEED_UP: metrics.get("bench/speedup"),
                 PAPER_TOP1: _times(100, paper.number(record, "top1")),
+                PAPER_INT8: _times(100, paper.number(record, "top1_int8")),
                 **{name: paper.number(record, f"images_per_s_{form}") for form, name in PAPER_SPEED.items()},
             }
         )
     others = {name for form, name in PAPER_SPEED.items() if form != (paper.speed or "train_form")}
     if all(row[TOP1_INT8] is None for row in rows):
-        others |= {TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF}
+        others |= {TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF, PAPER_INT8}
+    if not any("top1_int8" in row for row in paper.rows.values()):
+        others.add(PAPER_INT8)
     numbers = [name for name in NUMBERS if name not in others]
     frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *numbers])
     counts = dict.fromkeys((SEED, PARAMS_TRAIN, PARAMS_DEPLOY), "Int64")

@@ -185,6 +185,18 @@ ONE_BY_ONE = (
     Plot("curves", "Training loss, run by run", ("train/loss",)),
     Plot("curves", "Validation top-1, deploy form, run by run", ("val/deploy/top1",)),
 )
+#: Of runs with int8=…; nothing is said of it where there is none.
+INT8_SECTION = (
+    "int8",
+    "The deploy form after post-training quantization, beside the forms above: accuracy of the best checkpoint, and "
+    "the distance of its logits from the deploy form's after the last epoch.",
+    (
+        Plot("bars", "Top-1, int8 form", ("test/int8/top1",)),
+        Plot("scatter", "Top-1, int8 form against deploy form", ("test/deploy/top1", "test/int8/top1")),
+        Plot("bars", "Relative L2 distance of int8's logits", ("int8/rel_l2_diff",)),
+        Plot("bars", "Share of images with the same top-1 in int8", ("int8/top1_agreement",)),
+    ),
+)
 SHARES = re.compile(r"health/share/(?P<stage>[^/]+)/[^/]+")
 SHARES_SECTION = (
     "What each branch contributes",
@@ -194,7 +206,7 @@ SHARES_SECTION = (
 
 
 def planned_metrics() -> set[str]:
-    """Every metric that a report can show, but for the shares, whose branches are the runs'."""
+    """Every metric that a report can show, but for int8's, and for the shares, whose branches are the runs'."""
     return {metric for _, _, plots in SECTIONS for plot in plots for metric in plot.metrics}
 
 
@@ -235,7 +247,7 @@ def build(
     """
     if not title.strip() or len(title) > 128 or set(title) & set("/?#%\n"):
         raise ValueError(f"title={title!r}: W&B wants 1 to 128 characters, and an address is made of them: no / ? # %")
-    sections = [*SECTIONS, (*SHARES_SECTION, _shares(metrics))]
+    sections = [*SECTIONS, INT8_SECTION, (*SHARES_SECTION, _shares(metrics))]
     blocks: list[Any] = [wr.TableOfContents()]
     for heading, body in _sections(text):
         blocks += [wr.H1(heading)] if heading else []
