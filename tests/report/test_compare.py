@@ -267,7 +267,7 @@ def test_the_papers_table_is_that_of_the_runs_experiment() -> None:
     # its numbers are a quantized A0's: only for the runs of that experiment, or by name
     assert paper_of([run("full"), run("qarepvgg")]).name == "Table 6"
     int8 = paper_of([run("full", config={"experiment": "int8"})])
-    assert (int8.name, int8.setting) == ("int8 table (arXiv 2212.01593)", "A0 on ImageNet, 120 epochs")
+    assert (int8.name, int8.setting) == ("int8 table of arXiv 2212.01593", "A0 on ImageNet, 120 epochs")
     assert [int8.number(run(name), "top1_int8") for name in ("full", "qarepvgg", "id")] == [0.522, 0.704, None]
     with pytest.raises(ValueError, match="paper=table9: experiments/ has table4, table6, table7, int8"):
         paper_of([run()], "table9")

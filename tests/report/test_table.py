@@ -46,6 +46,9 @@ def test_the_papers_speeds_are_of_the_form_that_its_table_has(make_run: Make) ->
     row = table.table([record], table.load_paper(table.EXPERIMENTS / "table4.yaml")).iloc[0]
     assert (row["paper top-1 [%]"], row["paper deploy [images/s]"]) == (pytest.approx(78.37), 685)
     assert "paper train form [images/s]" not in row
+    int8 = table.load_paper(table.EXPERIMENTS / "int8.yaml")  # of no form
+    assert not {*table.PAPER_SPEED.values()} & {*table.table([record], int8).columns}
+    assert "(int8 table of arXiv 2212.01593; one run each). They" in table.notes([record], int8)[0]
 
 
 def test_an_experiment_file_without_the_papers_side_is_refused(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 **{name: paper.number(record, f"images_per_s_{form}") for form, name in PAPER_SPEED.items()},
             }
         )
-    others = {name for form, name in PAPER_SPEED.items() if form != (paper.speed or "train_form")}
+    others = {name for form, name in PAPER_SPEED.items() if form != paper.speed}
     if all(row[TOP1_INT8] is None for row in rows):
         others |= {TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF, PAPER_INT8}
     if not any("top1_int8" in row for row in paper.rows.values()):
@@ -258,9 +258,10 @@ def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
         }
     )
     if foreign:
+        gpu = ", a 1080Ti for the images/s" if paper.speed else ""
         lines.append(
-            f"The paper's columns are of {paper.setting} ({paper.name}; one run each, a 1080Ti for the images/s). They "
-            f"are not comparable with runs of {', '.join(foreign)}."
+            f"The paper's columns are of {paper.setting} ({paper.name}; one run each{gpu}). They are not "
+            f"comparable with runs of {', '.join(foreign)}."
         )
     unfinished = [record for record in records if record.status == "finished" and top1(record)[2] == "val"]
     if unfinished:
