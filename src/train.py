@@ -143,7 +143,8 @@ def main(cfg: DictConfig) -> float | None:
             if identity is not None:
                 log.info(initial)
         if cfg.ckpt_path is not None and resumed is None:
-            require_continuable(cfg.ckpt_path, choices, module)
+            batch_size, epochs = cfg.recipe.batch_size, cfg.trainer.max_epochs
+            continued = require_continuable(cfg.ckpt_path, choices, module, batch_size=batch_size, epochs=epochs)
         size = cfg.data.resolution
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
         trainer = build_trainer(cfg, ranks)
@@ -156,7 +157,8 @@ def main(cfg: DictConfig) -> float | None:
 
     if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
-        identity.write(cfg.output_dir)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            identity.write(cfg.output_dir)
     live_and_die_together()
     # Some values can only be judged by what Lightning makes of them, such as the number of steps.
     with (
@@ -166,7 +168,7 @@ def main(cfg: DictConfig) -> float | None:
         recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE),
         naming_lost_ranks(trainer.global_rank, trainer.world_size, cfg.output_dir),
     ):
-        metrics |= train_and_test(trainer, module, datamodule, resumed or cfg.ckpt_path, signals, choices)
+        metrics |= train_and_test(trainer, module, datamodule, resumed or cfg.ckpt_path, signals, plain(config))
     return metrics.get(OBJECTIVE)
 
 

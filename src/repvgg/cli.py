@@ -109,7 +109,7 @@ def recorded(
 
     ``metrics`` are what the block has put there by then, and what was logged last if it did not come to its end.
     """
-    from repvgg.learn.interrupt import Interrupted
+    from repvgg.learn.checkpoint import Interrupted
     from repvgg.learn.run import close_loggers, conclusion, last_metrics
     from repvgg.report.record import Status, write_record
 
@@ -119,6 +119,8 @@ def recorded(
     try:
         yield
         status, exit_code = "finished", 0
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            status, error = "dry run", "trainer.fast_dev_run: a batch of everything, and nothing is kept"
     except Interrupted as stop:
         status, exit_code, error = "interrupted", int(str(stop.code)), stop.reason
         raise
@@ -130,12 +132,12 @@ def recorded(
             metrics |= last_metrics(trainer)
         try:
             if trainer.is_global_zero:
-                value = metrics.get(objective)
+                value = metrics.get(objective) if status != "dry run" else None
                 write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
         finally:  # after the record, since W&B may have to be waited for; without one too, where the disk is full
             close_loggers(trainer, metrics, exit_code, preempted=exit_code not in (0, 1, 130))
         if trainer.is_global_zero:
-            said = f"{status} by {error}" if status == "interrupted" else status
+            said = f"{status} by {error}" if status in ("interrupted", "dry run") else status
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 
 

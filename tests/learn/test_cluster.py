@@ -24,7 +24,7 @@ from repvgg.learn.cluster import (
     requeueing,
     strategy,
 )
-from repvgg.learn.interrupt import Interrupted
+from repvgg.learn.interrupt import interrupted
 from repvgg.slurm import requeue, slurm_job, under_slurm
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
@@ -161,8 +161,8 @@ def test_a_refusal_is_told(scontrol: Path, monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert not requeue()
     assert "did not requeue job 7 (Only batch jobs are accepted)" in caplog.text
-    with pytest.raises(Interrupted) as stop, requeueing():
-        raise Interrupted(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as stop, requeueing():
+        raise interrupted(signal.SIGUSR1)
     assert stop.value.code == 75
 
 

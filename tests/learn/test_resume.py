@@ -14,10 +14,10 @@ import pytorch_lightning as pl
 import torch
 
 from repvgg.learn.augment import RandAugment
-from repvgg.learn.checkpoint import AtomicCheckpointIO, Checkpoints, newest_whole
+from repvgg.learn.checkpoint import AtomicCheckpointIO, Checkpoints, Interrupted, newest_whole
 from repvgg.learn.ema import EMA
 from repvgg.learn.health import Health
-from repvgg.learn.interrupt import Interrupted, Interruption, Signals
+from repvgg.learn.interrupt import Interruption, Signals
 from repvgg.learn.logging import metrics_csv
 from repvgg.learn.perf import PerfMonitor
 from support.equal import checkpoint, different, logged

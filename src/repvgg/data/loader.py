@@ -186,6 +186,7 @@ class SafeLoader(Loader):
         os_cache: bool = True,
         batches_per_step: int = 1,
         records: Sequence[int] | None = None,
+        reshuffle: bool = True,
     ) -> None:
         if batches_ahead < 1:
             raise ValueError(f"batches_ahead must be at least 1, got {batches_ahead}")
@@ -196,6 +197,7 @@ class SafeLoader(Loader):
         step = batch_size * batches_per_step if train else batch_size
         check_share(self.samples, batch_size=step, rank=rank, world_size=world_size, train=train, path=path)
         self.batches_per_step = batches_per_step
+        self.reshuffle = reshuffle
         self.train = train
         self.rank = rank
         self.world_size = world_size
@@ -275,7 +277,7 @@ class SafeLoader(Loader):
             self.samples,
             batch_size=images_per_step // world_size,
             seed=self.seed,
-            epoch=epoch,
+            epoch=epoch if self.reshuffle else 0,
             rank=rank,
             world_size=world_size,
         )
@@ -369,6 +371,7 @@ def make_loader(
     os_cache: bool = True,
     batches_per_step: int = 1,
     records: Sequence[int] | None = None,
+    reshuffle: bool = True,
 ) -> SafeLoader:
     """Yield (images, labels) on `device` (None: CPU): uint8 N×3×H×W in channels_last strides, and int64 (N,).
 
@@ -377,7 +380,8 @@ def make_loader(
     baseline: its crops and flips cannot be seeded, so runs with it are not reproducible. `os_cache=False` reads
     through FFCV's own page cache, for files larger than memory. `batches_per_step` are accumulated to one step of the
     optimiser: an epoch is a whole number of steps, of the images that it would be of without accumulation. `records`
-    are the only ones of the file that come, in their order; without `train`.
+    are the only ones of the file that come, in their order; without `train`. Without `reshuffle` every training epoch
+    has the order of the first; crops and flips still differ.
     """
     if ops not in ("fused", "stock"):
         raise ValueError(f"ops must be 'fused' or 'stock', got {ops!r}")
@@ -406,6 +410,7 @@ def make_loader(
         os_cache=os_cache,
         batches_per_step=batches_per_step,
         records=records,
+        reshuffle=reshuffle,
     )
 
 

@@ -21,7 +21,7 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from repvgg.learn.interrupt import Interrupted
+from repvgg.learn.checkpoint import Interrupted
 from repvgg.learn.ranks import RANK_LOST
 from repvgg.slurm import TRY_AGAIN, requeue, under_slurm, wait_for_slurm
 

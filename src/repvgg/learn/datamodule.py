@@ -143,6 +143,7 @@ class ImageDataModule(pl.LightningDataModule):
                 num_threads=threads,
                 device=trainer.strategy.root_device,
                 batches_per_step=trainer.accumulate_grad_batches,
+                reshuffle=not trainer.overfit_batches,  # type: ignore[attr-defined]
                 **self.loader_options,
             )
             if split == "train":  # Lightning tells a training loader's sampler which epoch comes next

@@ -38,6 +38,7 @@ class EMA(WeightAveraging):
             raise ValueError(f"callbacks.ema.decay={decay} must be at least 0 and below 1")
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
+        self._validating = False
         self._left_out: int | None = None
 
     def leave_out(self, step: int) -> None:
@@ -69,6 +70,20 @@ class EMA(WeightAveraging):
             )
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        """For a validation and back."""
+        super()._swap_models(pl_module)
+        self._validating = not self._validating
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """As Lightning's, which takes one for the other while a validation has them swapped."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._validating:
+            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from repvgg.learn.checkpoint import Checkpoints
+from repvgg.learn.checkpoint import Checkpoints, Interrupted
 from repvgg.slurm import TRY_AGAIN
 
 EXIT_CODES = {
@@ -29,20 +29,10 @@ SAME_EVENT_S = 0.5
 _SAVE = 1  # no signal has this meaning here
 
 
-class Interrupted(SystemExit):
-    """All ranks have agreed to stop; ``code`` is the exit code.
-
-    Raised out of the training, so that Lightning shuts down. ``saved`` says whether a checkpoint was written for it.
-    """
-
-    def __init__(self, signum: int, saved: bool = False) -> None:
-        super().__init__(EXIT_CODES[signal.Signals(signum)])
-        self.signum, self.saved = signal.Signals(signum), saved
-
-    @property
-    def reason(self) -> str:
-        """For people."""
-        return f"{self.signum.name}{'; saved, the same command goes on' if self.saved else ''}"
+def interrupted(signum: int, saved: bool = False) -> Interrupted:
+    """All ranks have agreed to stop after a signal."""
+    received = signal.Signals(signum)
+    return Interrupted(received.name, EXIT_CODES[received], saved)
 
 
 class Signals:
@@ -81,7 +71,7 @@ class Signals:
         finally:
             self._deferring = False
         if self.received:
-            raise Interrupted(self.received)
+            raise interrupted(self.received)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self.received:
@@ -92,7 +82,7 @@ class Signals:
             return
         self.received, self._received_at = signum, time.monotonic()
         if not self._deferring:
-            raise Interrupted(signum)
+            raise interrupted(signum)
         # No logging in a handler: the interrupted thread may hold its lock.
         name = signal.Signals(signum).name
         os.write(2, f"\n{name}: stopping after this batch; a second signal stops at once\n".encode())
@@ -182,11 +172,11 @@ class Interruption(pl.Callback):
             wish = _SAVE
         agreed = self.agree(wish)
         if agreed:
-            keeper = _keeper(trainer)
+            keeper = Checkpoints.of(trainer)
             saved = keeper is not None and keeper.save_last(trainer)
             self._saved_at = time.monotonic()
             if agreed != _SAVE:
-                raise Interrupted(agreed, saved)
+                raise interrupted(agreed, saved)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks may have one batch more or less than others; they ask each other at those that all have."""
@@ -207,14 +197,10 @@ class Interruption(pl.Callback):
         if trainer.state.fn == "fit" and self._shared_batches is not None and batch_idx < self._shared_batches:
             agreed = self.agree(self._received())
             if agreed > _SAVE:
-                raise Interrupted(agreed, saved=True)
+                raise interrupted(agreed, saved=True)
 
     def _received(self) -> int:
         return self.signals.received if self.signals is not None else 0
 
     def _is_time(self) -> bool:
         return self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
-
-
-def _keeper(trainer: pl.Trainer) -> Checkpoints | None:
-    return next((callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)), None)

@@ -34,9 +34,26 @@ FLUSH_S = 1.0
 NO_ANSWER = re.compile("deadline exceeded|timed out|giving up after", re.IGNORECASE)
 
 
+#: Lightning's loggers of what nobody asked for: which devices there are, that a loop has ended, what is restored.
+UNASKED = ("trainer", "loops", "strategies", "accelerators")
+
+
+def _asked_for(record: logging.LogRecord) -> bool:
+    """Whether a message of `rank_zero_info`, which all of Lightning shares, is a callback's, such as a Timer's."""
+    path = Path(record.pathname)
+    return record.levelno >= logging.WARNING or (path.parent.name == "callbacks" and path.stem != "weight_averaging")
+
+
 def quiet_lightning() -> None:
-    """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    """Silence what Lightning 2.6 says of itself and nobody can act on: tips, TPUs, its own deprecated calls.
+
+    Callbacks and profilers, which somebody added, are heard.
+    """
+    for name in UNASKED:
+        logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_asked_for)
+    # The loader keeps the order of its first epoch.
+    warnings.filterwarnings("ignore", message="You requested to overfit but enabled train dataloader shuffling")
     # Where Slurm is installed, of every training that it did not start.
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     # What is logged is summed over the ranks before; Lightning's own mean is wrong where they have unequal shares.

@@ -72,9 +72,13 @@ class Scores(nn.Module):
     def compute(self, prefix: str) -> dict[str, Tensor]:
         """``prefix/loss``, ``prefix/top1``, ``prefix/top5`` over all ranks, then start afresh."""
         values = {"loss": self.loss.compute(), **self.accuracy.compute()}
+        self.reset()
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+    def reset(self) -> None:
+        """Start afresh."""
         self.loss.reset()
         self.accuracy.reset()
-        return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def log_scores(module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
@@ -233,6 +237,7 @@ class Classifier(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Every rank validates one network, with or without a deploy form beside it."""
         self.bring_statistics_together()
+        self.scores.reset()  # a checkpoint that was written during a validation has begun to count
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -244,9 +249,9 @@ class Classifier(pl.LightningModule):
         """Log the train form's scores."""
         log_scores(self, self.scores.compute("test"))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD or what the recipe says, with the learning rate of every iteration."""
-        groups = parameter_groups(
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The network's, see :func:`repvgg.learn.optim.parameter_groups`."""
+        return parameter_groups(
             self.net,
             self.weight_decay,
             lr=self.lr,
@@ -254,10 +259,13 @@ class Classifier(pl.LightningModule):
             bias_lr_factor=self.bias_lr_factor,
             custom_l2=self.custom_l2,
         )
-        optimizer = self.make_optimizer(groups, lr=self.lr)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD or what the recipe says, with the learning rate of every iteration."""
+        optimizer = self.make_optimizer(self.parameter_groups(), lr=self.lr)
+        self.trainer.fit_loop.setup_data()  # without a number of epochs, the next line would not know its batches
         steps = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs or 1
-        warmup = round(self.warmup_epochs * steps / epochs)
+        warmup = round(self.warmup_epochs * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         schedule = warmup_then_cosine(optimizer, steps, warmup)
         return {
             "optimizer": optimizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from functools import reduce
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 from repvgg.model import Affine, Block, ConvBN, Identity, norm_as_affine
 
@@ -127,8 +128,10 @@ def scaled_lr(lr: float, lr_batch: int, batch_size: int) -> float:
     return lr * batch_size / lr_batch
 
 
-def warmup_then_cosine(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LRScheduler:
+def warmup_then_cosine(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LambdaLR:
     """Linear from lr/100 over ``warmup_steps``, then cosine to 0 at ``steps``; stepped after every optimiser step.
+
+    A function of the step alone, so a training can begin at any step of it (:func:`schedule_at`).
 
     Raises:
         ValueError: a warm-up that is not shorter than the training.
@@ -138,11 +141,18 @@ def warmup_then_cosine(optimizer: Optimizer, steps: int, warmup_steps: int = 0) 
             f"a warm-up of {warmup_steps} steps does not fit into {steps} training steps: "
             "lower recipe.warmup_epochs or raise trainer.max_epochs"
         )
-    cosine = CosineAnnealingLR(optimizer, T_max=max(steps - warmup_steps, 1))
-    if not warmup_steps:
-        return cosine
-    warmup = LinearLR(optimizer, start_factor=0.01, total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, cosine], milestones=[warmup_steps])
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return 0.01 + 0.99 * step / warmup_steps
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(steps - warmup_steps, 1))))
+
+    return LambdaLR(optimizer, factor)
+
+
+def schedule_at(schedule: LambdaLR, step: int) -> LambdaLR:
+    """The same schedule after ``step`` optimiser steps; sets the optimiser's learning rates."""
+    return LambdaLR(schedule.optimizer, schedule.lr_lambdas, last_epoch=step - 1)
 
 
 def batch_per_device(batch_size: int, devices: int, accumulate: int = 1) -> int:

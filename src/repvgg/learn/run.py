@@ -61,7 +61,7 @@ def train_and_test(
     datamodule: pl.LightningDataModule,
     ckpt_path: str | Path | None = None,
     signals: Signals | None = None,
-    choices: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Fit, then evaluate both forms of the best checkpoint on the validation images.
 
@@ -69,26 +69,38 @@ def train_and_test(
         ckpt_path: a checkpoint to continue from.
         signals: after which the training saves and leaves; while the best is tested they stop at once, since the
             training is then complete in the last checkpoint.
-        choices: of the config groups; checkpoints say them.
+        config: as it is logged, in plain types; every checkpoint holds it.
 
     Returns:
-        the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint.
+        the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint. A dry run
+        (``trainer.fast_dev_run``) has no best checkpoint and tests the network as it is.
 
     Raises:
-        Interrupted: after a signal; Lightning has shut down by then.
+        Interrupted: after a signal, or when ``trainer.max_time`` is over; Lightning has shut down by then.
+        RuntimeError: the training ended before its first validation.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, Interruption):
             callback.signals = signals
         if isinstance(callback, Checkpoints):
-            callback.choices = dict(choices or {})
+            callback.config = dict(config or {})
     with signals.deferred() if signals is not None else nullcontext():
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    keeper = Checkpoints.of(trainer)
+    if keeper is not None:
+        keeper.require_complete(trainer)
     metrics = last_metrics(trainer)
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if best:
+    best = getattr(keeper or trainer.checkpoint_callback, "best_model_path", "") or None
+    if best is not None:
         metrics["test/best_epoch"] = torch.load(best, weights_only=True, map_location="cpu", mmap=True)["epoch"]
+    elif keeper is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"the training ended at epoch {trainer.current_epoch} without a validation, so there is no best "
+            f"checkpoint: lower trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
+        )
+    if best is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        trainer.limit_test_batches = trainer.limit_val_batches  # type: ignore[attr-defined]  # the same images
         # Only the test's own metrics: the names of the last epoch stay the last epoch's.
         tested = trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
         metrics |= {name: float(value) for result in tested for name, value in result.items()}
@@ -97,8 +109,8 @@ def train_and_test(
 
 def last_metrics(trainer: pl.Trainer) -> dict[str, float]:
     """What the last validation and training epoch logged, before a resume too."""
-    before = trainer.checkpoint_callback
-    earlier = before.metrics if isinstance(before, Checkpoints) else {}
+    before = Checkpoints.of(trainer)
+    earlier = {} if before is None else before.metrics
     return {**earlier, **{name: float(value) for name, value in trainer.callback_metrics.items()}}
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 RECORD = "result.json"
 HISTORY = "metrics.csv"
 
-Status = Literal["finished", "failed", "interrupted"]
+Status = Literal["finished", "failed", "interrupted", "dry run"]
 
 
 @dataclass(frozen=True, eq=False)
