@@ -43,6 +43,7 @@ from support.equal import logged  # noqa: E402
 from support.faults import (  # noqa: E402
     BATCHES,
     EPOCHS,
+    POISON,
     Differences,
     Start,
     Training,
@@ -635,7 +636,8 @@ def _poisoned(lab: Lab, devices: int, rank: int, value: str) -> Row:
     for number in range(times):
         step = lab.rng.randrange(1, EPOCHS * BATCHES)
         run = lab.training("nan", devices)
-        with run.started(_poison(step, rank, value)) as start:
+        run.environment = {POISON: json.dumps({"step": step, "rank": rank, "value": value})}
+        with run.started() as start:
             code = start.wait()
             end = time.time()
             _require(not start.wait_until_all_ended(ORPHAN_S), "a process stays")
@@ -655,7 +657,8 @@ def _poisoned(lab: Lab, devices: int, rank: int, value: str) -> Row:
         _require(named == [rank], f"it names ranks {named}, not {rank}")
         said = next(iter(re.findall(r"(the loss is not finite .*?)\. (?:All records|\d+ steps)", start.output)), said)
         lab.say(f"{number + 1} of {times}: named after {detected[-1]:.2f} s, ended after {ended[-1]:.1f} s")
-        run.finish()  # without the poison
+        run.environment = {}
+        run.finish()
         tally.add(run)
     notes = [
         f"The step itself is named, in {times} of {times}; all processes had ended {max(ended):.1f} s after the batch.",
@@ -675,9 +678,7 @@ def _skipped(lab: Lab) -> Row:
     finished = 0
     for number in range(times):
         step, length = lab.rng.randrange(1, EPOCHS * BATCHES - 3), lab.rng.randint(1, 3)
-        run = lab.training(
-            "nan-skip", 1, "wandb_offline", "callbacks.guard.on_nonfinite=skip", _poison(step, 0, "nan", length)
-        )
+        run = lab.training("nan-skip", 1, "wandb_offline", "callbacks.guard.on_nonfinite=skip", _poison(step, length))
         start = run.finish()
         counted = run.record()["metrics"]["train/skipped_steps"]
         finished += counted == length and start.output.count("The step is left out") == length
@@ -687,9 +688,8 @@ def _skipped(lab: Lab) -> Row:
     return Row("loss NaN, skipped", injected, times, lost if finished == times else f"**{lost}**")
 
 
-def _poison(step: int, rank: int, value: str, times: int = 1) -> str:
-    given = f"step:{step},rank:{rank},value:'{value}',times:{times}"
-    return f"+callbacks.poison={{_target_:support.faults.Poison,{given}}}"
+def _poison(step: int, times: int) -> str:
+    return f"+callbacks.poison={{_target_:support.faults.Poison,step:{step},times:{times}}}"
 
 
 # --- data files ------------------------------------------------------------------------------------------------------

@@ -19,17 +19,16 @@ from repvgg.cli import (
     quote_paths,
     recorded,
     require_checkpoint,
+    require_read,
     run_group,
-    typed_of,
 )
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files
 from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import subject
+from repvgg.influence import UNREAD
 
 log = logging.getLogger("evaluate")
 
-#: What train.yaml has and an evaluation does not read.
-OF_TRAINING = ("recipe", "callbacks", "bench", "module", "init_from", "required", "ckpt_path", "seed")
 #: Of the config, what an evaluation says of itself.
 GROUPS = ("model", "ablation", "data", "trainer", "logger")
 
@@ -37,8 +36,7 @@ GROUPS = ("model", "ablation", "data", "trainer", "logger")
 def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     """The config of this evaluation, with what the checkpoint's run says where nothing else was typed; its choices."""
     typed = list(HydraConfig.get().overrides.task)
-    if ignored := typed_of(typed, OF_TRAINING):
-        raise ValueError(f"{' '.join(ignored)}: an evaluation does not read {', '.join(OF_TRAINING)}")
+    require_read(typed, "evaluate")
     require_checkpoint(cfg.ckpt, "evaluate")
     if cfg.forms not in (None, "both", "train", "deploy"):
         raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
@@ -131,7 +129,7 @@ def main(cfg: DictConfig) -> float | None:
         trainer: pl.Trainer = instantiate(cfg.trainer, logger=list(instantiate(cfg.logger).values()))
         # Of the data module the validation images are needed, and not that there are others for training.
         datamodule = instantiate(cfg.datamodule, batch_size=cfg.batch_size, train_file=cfg.data.val_file)
-        config = {k: v for k, v in logged_config(cfg, choices).items() if k not in OF_TRAINING}
+        config = {k: v for k, v in logged_config(cfg, choices).items() if k not in UNREAD["evaluate"]}
         config |= {"weights": {"naming": weights.naming, "form": weights.form}, **environment(trainer)}
         for logger in trainer.loggers:  # where a W&B run begins
             logger.log_hyperparams(config)

@@ -20,7 +20,7 @@ from repvgg.cli import (
     prepare_environment,
     quote_paths,
     require_checkpoint,
-    typed_of,
+    require_read,
 )
 from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files
 from repvgg.deploy.int8_options import require_int8
@@ -34,15 +34,12 @@ if TYPE_CHECKING:
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 #: Packages that write a format, beside torch.
 WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript"), "pt2": ()}
-#: What train.yaml has and an export does not read.
-OF_TRAINING = ("recipe", "callbacks", "bench", "module", "trainer", "logger", "init_from", "ckpt_path", "seed")
 BATCH = 32
 
 
 def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
     """What can be wrong before anything is imported; the format and the file to write."""
-    if ignored := typed_of(typed, OF_TRAINING):
-        raise ValueError(f"{' '.join(ignored)}: an export does not read {', '.join(OF_TRAINING)}")
+    require_read(typed, "export")
     require_checkpoint(cfg.ckpt, "export")
     if cfg.form not in (None, "train", "deploy"):
         raise ValueError(f"form={cfg.form}: choose train or deploy, or null for the checkpoint's")

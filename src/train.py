@@ -34,6 +34,7 @@ from repvgg.cli import (
 )
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.deploy.int8_options import require_int8
+from repvgg.git import git_sha
 from repvgg.identity import Identity, claim, require_typed_id, run_name
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def main(cfg: DictConfig) -> float | None:
         choices = {group: str(name) for group, name in HydraConfig.get().runtime.choices.items() if "/" not in group}
         cfg.run.name = cfg.run.name or run_name(choices, cfg.seed)
         cfg.run.group = cfg.run.group or run_group(choices, cfg.experiment)
-        if (earlier := finished_before(cfg.output_dir, logged_config(cfg, choices))) is not None:
+        typed, sha = list(HydraConfig.get().overrides.task), {"git": {"sha": git_sha()}}
+        if (earlier := finished_before(cfg.output_dir, logged_config(cfg, choices) | sha, typed)) is not None:
             return earlier.objective
 
         # Heavy imports from here on, torch first: a wrong command has been answered by the end of these lines.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from repvgg.cli import ROOT, prepare_environment
-from repvgg.identity import Identity, claim, fingerprint, read_identity, require_typed_id, run_folder, sweep_folder
+from repvgg.cli import ROOT, logged_config, prepare_environment
+from repvgg.identity import (
+    Identity,
+    claim,
+    fingerprint,
+    read_identity,
+    require_same,
+    require_typed_id,
+    run_folder,
+    sweep_folder,
+)
 
 OVERRIDES = ["model=repvgg_a0", "ablation=id", "seed=3", "recipe.lr=0.05", "+experiment=table6"]
 HARMLESS = ["logger=csv", "run.tags=[a]", "data.os_cache=false", "callbacks.interruption.every_minutes=5"]
@@ -84,8 +94,70 @@ def test_a_folder_goes_on_as_what_it_was_begun(tmp_path: Path, caplog: pytest.Lo
     with pytest.raises(ValueError, match=r"begun with other values: recipe.lr=0.1 is 0.2 now. It was\n  seed=1\nGive"):
         claim(tmp_path, changed, [], begun=True)
     assert claim(tmp_path, changed, [], begun=False).config == changed  # nothing was trained there
-    assert claim(tmp_path, {**CONFIG, "new": 1}, [], begun=True) == first
+    assert claim(tmp_path, {**CONFIG, "new": 1}, ["seed=1"], begun=True) == first
     assert "begun by another version of the configs: new" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "says"),
+    [
+        ("+trainer.fast_dev_run=true", "", "trainer.fast_dev_run=True is not there now"),
+        ("", "+trainer.fast_dev_run=true", "trainer.fast_dev_run=True was not there"),
+        ("", "~recipe.optimizer.momentum", "recipe.optimizer.momentum=0.9 is not there now"),
+        ("~callbacks.two_forms", "", "callbacks.two_forms._target_=repvgg.learn.two_forms.TwoFormValidation was not"),
+        ("", "+callbacks.mine={_target_:my.Callback,every:2}", "callbacks.mine._target_=my.Callback was not there"),
+        ("", "+recipe.optimizer={maximize:true}", "recipe.optimizer.maximize=True was not there"),
+        ("callbacks.ema={_target_:my.EMA,decay:0.9}", "callbacks.ema=null", "callbacks.ema._target_=my.EMA is not"),
+        ("", "+experiment=table6", "choices.experiment=table6 was not there"),
+        ("+module.momentum=0.5", "", "module.momentum=0.5 is not there now"),
+        ("", "module.lr=3.0", "module.lr=3.0 was not there"),
+        ("", "~module.compile", "module.compile=None was not there"),
+        ("init_from=a.pth", "init_from=b.pth", "init_from=a.pth is b.pth now"),
+        ("", "ckpt_path=last.ckpt", "ckpt_path=None is last.ckpt now"),
+    ],
+)
+def test_a_key_that_is_on_one_side_is_a_difference(then: str, now: str, says: str) -> None:
+    """Whichever command has it, and also where the two were typed at different commits."""
+    before, after = ([override] if override else [] for override in (then, now))
+    earlier = Identity("id", "2026-01-01", before, logged(*before))
+    for sha in ("unknown", "b" * 40):
+        with pytest.raises(ValueError, match="was begun with other values: .*" + re.escape(says)):
+            require_same(earlier, {**logged(*after), "git": {"sha": sha}}, after, Path())
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        *("+run.notes=hello", "~callbacks.health", "~callbacks.perf", "+trainer.enable_progress_bar=false", "~logger"),
+        *("+trainer.profiler=simple", "bench.batch=4", "quantizer.file=/there/train.beton", "recompute=true"),
+        *("trainer=cpu", "trainer=ddp", "data.check=full", "bench.every_n_epochs=5", "callbacks.perf=null"),
+    ],
+)
+def test_what_cannot_change_a_result_may_differ_when_a_run_goes_on(harmless: str) -> None:
+    require_same(Identity("id", "2026-01-01", [], logged()), logged(harmless), [harmless], Path())
+
+
+def test_a_key_that_no_one_typed_is_of_another_version_unless_the_commit_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = ["recipe=quick"]
+    old = {**CONFIG, "recipe": {"lr": 0.1, "gone": 1}, "git": {"sha": "a" * 40}}
+    first = claim(tmp_path, old, typed, begun=False)
+    first.write(tmp_path)
+    new = {**CONFIG, "recipe": {"lr": 0.1, "came": 0}}
+    assert claim(tmp_path, {**new, "git": {"sha": "b" * 40}}, typed, begun=True) == first
+    assert "begun by another version of the configs: recipe.came, recipe.gone" in caplog.text
+    with pytest.raises(ValueError, match=r"recipe.gone=1 is not there now; recipe.came=0 was not there"):
+        claim(tmp_path, {**new, "git": {"sha": "a" * 40 + "-dirty"}}, typed, begun=True)
+
+
+def logged(*overrides: str) -> dict[str, Any]:
+    """What a command logs."""
+    config = composed(*overrides)
+    choices = {group: name for group, name in config.hydra.runtime.choices.items() if "/" not in group}
+    plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    plain.output_dir = "/runs/x"
+    return logged_config(plain, choices)
 
 
 def test_an_id_is_typed_or_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from repvgg.identity import key_of, on_data
+from repvgg.influence import UNREAD, is_under
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -56,9 +57,17 @@ def require_checkpoint(ckpt: str | None, script: str, more: str = "") -> None:
         )
 
 
-def typed_of(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Those of ``overrides`` whose first key is one of ``keys``."""
-    return [o for o in overrides if key_of(o).partition(".")[0] in keys]
+def typed_of(overrides: Sequence[str], keys: Iterable[str]) -> list[str]:
+    """Those of ``overrides`` whose key is one of ``keys``, or under one."""
+    return [o for o in overrides if any(is_under(key_of(o), key) for key in keys)]
+
+
+def require_read(overrides: Sequence[str], command: str) -> None:
+    """Raise ValueError for overrides of train.yaml that ``command``, which takes a checkpoint, does not read."""
+    unread = UNREAD[command]
+    if ignored := typed_of(overrides, unread):
+        reasons = [f"{key} ({why})" for key, why in unread.items() if typed_of(ignored, [key])]
+        raise ValueError(f"{' '.join(ignored)}: {command}.py does not read {', '.join(reasons)}")
 
 
 @contextmanager
@@ -141,8 +150,10 @@ def recorded(
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 
 
-def finished_before(directory: str, config: Mapping[str, Any]) -> RunRecord | None:
+def finished_before(directory: str, config: Mapping[str, Any], overrides: Sequence[str]) -> RunRecord | None:
     """The record of this command's run, if that has come to its end already; then say what came of it.
+
+    ``config`` and ``overrides`` are what :func:`repvgg.identity.claim` takes.
 
     Raises:
         ValueError: the directory is another run's.
@@ -156,7 +167,7 @@ def finished_before(directory: str, config: Mapping[str, Any]) -> RunRecord | No
     record = read_record(directory)
     if record.status != "finished":
         return None
-    require_same(earlier, config, Path(directory))
+    require_same(earlier, config, overrides, Path(directory))
     score = "" if record.objective is None else f" with {OBJECTIVE} {record.objective:.2%}"
     log.info(
         f"{record.config['run']['name']} is finished already{score}: {directory}. To train it again, give run.id=NAME, "
@@ -241,16 +252,27 @@ def _sweep_directory() -> str | None:
 def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """The config as it is logged: nested, resolved, plain types, with the groups' options under ``choices``.
 
-    Nodes that only repeat others as interpolations are left out.
+    Of `REPEATING` nodes only what is not as in train.yaml is there; None is what was removed.
     """
-    config = OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in REPEATING]), resolve=True
-    )
+    usual = OmegaConf.load(ROOT / "conf" / "train.yaml")
+    assert isinstance(usual, DictConfig)
+    shown = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("logger", *REPEATING)])
+    config = OmegaConf.to_container(shown, resolve=True)
     assert isinstance(config, dict)
+    for node in REPEATING:
+        was, now = (OmegaConf.to_container(of[node]) if of.get(node) else {} for of in (usual, cfg))
+        assert isinstance(was, dict)
+        assert isinstance(now, dict)
+        own = [key for key in {**was, **now} if (key in was, was.get(key)) != (key in now, now.get(key))]
+        resolved = OmegaConf.to_container(cfg[node], resolve=True) if own and now else {}
+        assert isinstance(resolved, dict)
+        if own:
+            config[node] = {key: resolved.get(key) for key in own}
     return {**{str(k): v for k, v in config.items()}, "choices": dict(choices)}
 
 
-REPEATING = ("module", "datamodule", "logger")
+#: Nodes that repeat values of others as interpolations.
+REPEATING = ("module", "datamodule")
 
 
 # --- paths that are typed ---------------------------------------------------------------------------------------------

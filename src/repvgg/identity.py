@@ -26,23 +26,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from repvgg.files import replacing
+from repvgg.influence import flat, is_under, may_differ, names_a_folder
 
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "run.json", ".lock"
-#: Keys without influence on the numbers of a run: where it logs, and how its data gets here.
-WITHOUT_INFLUENCE = (
-    *("logger", "run", "data.num_threads", "data.batches_ahead", "data.os_cache", "data.check", "ddp_timeout_s"),
-    *("callbacks.interruption", "callbacks.perf"),
-)
-#: What may differ besides when a run is continued by its folder or its `run.id`: places, machines, measurements.
-OF_A_PLACE = (
-    *("output_dir", "root", "ckpt_path", "init_from", "bench", "world_size", "device", "threads", "required"),
-    *("data.dir", "data.train_file", "data.val_file", "data.prepare", "data.write_command"),
-    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.default_root_dir"),
-    *("callbacks.checkpoints.directory", "callbacks.health.directory", "callbacks.guard.directory"),
-    *("choices.logger", "choices.trainer", "choices.data", "git", "versions"),
-)
 HASH_LENGTH = 6
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -52,13 +40,9 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _is_under(key: str, nodes: Iterable[str]) -> bool:
-    return any(key == node or key.startswith(f"{node}.") for node in nodes)
-
-
 def fingerprint(overrides: Iterable[str]) -> str:
     """Six hexadecimal digits that stand for a set of overrides, in whatever order, less those without influence."""
-    told = sorted(o for o in overrides if not _is_under(key_of(o), WITHOUT_INFLUENCE))
+    told = sorted(o for o in overrides if names_a_folder(key_of(o)))
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:HASH_LENGTH]
 
 
@@ -149,8 +133,9 @@ def claim(
     The directory is locked as long as this process lives.
 
     Args:
-        config: nested and resolved, as it is logged. Of a continued run it must be that of its first start but for
-            `WITHOUT_INFLUENCE` and `OF_A_PLACE`.
+        config: nested and resolved, as it is logged. Of a continued run it must be that of its first start, see
+            `require_same`.
+        overrides: that were typed.
         begun: whether there is something to continue. A folder in which no training got anywhere is anyone's.
         id: for W&B, of a new run; None draws one.
 
@@ -162,7 +147,7 @@ def claim(
     earlier = read_identity(directory)
     if earlier is not None:
         try:
-            require_same(earlier, config, directory)
+            require_same(earlier, config, overrides, directory)
         except ValueError:
             if begun:
                 raise
@@ -187,40 +172,54 @@ def read_identity(directory: str | Path) -> Identity | None:
         raise ValueError(f"{path} is not the file of a run ({error}): move the folder away, or give run.id=") from error
 
 
-def require_same(earlier: Identity, config: Mapping[str, Any], directory: Path) -> None:
-    """Raise ValueError, with the keys that differ, where a run would be continued as another."""
-    now, then = _flat(_plain(config)), _flat(earlier.config)
-    told = [*WITHOUT_INFLUENCE, *OF_A_PLACE]
-    common = [key for key in then if key in now and not _is_under(key, told)]
-    differing = [f"{key}={then[key]} is {now[key]} now" for key in common if then[key] != now[key]]
+def require_same(earlier: Identity, config: Mapping[str, Any], overrides: Sequence[str], directory: Path) -> None:
+    """Raise ValueError, with the keys that differ, where a run would be continued as another.
+
+    A key that is on one side only is a difference too if one of the two commands set it, or if both ran the same
+    commit. Else another version of the repository has brought or removed the key with its default, and a warning names
+    it. What `repvgg.influence` says may differ may be on one side as well.
+    """
+    now, then = dict(flat(_plain(config))), dict(flat(earlier.config))
+    keys = [key for key in {**then, **now} if not may_differ(key)]
+    one_sided = [key for key in keys if (key in then) != (key in now)]
+    typed = [key_of(override) for override in set(earlier.overrides) ^ set(overrides)]
+    same_commit = _commit(now) is not None and _commit(now) == _commit(then)
+    of_versions = [key for key in one_sided if not same_commit and not any(_is_set_by(name, key) for name in typed)]
+    both = [key for key in keys if key in then and key in now]
+    differing = [f"{key}={then[key]} is {now[key]} now" for key in both if then[key] != now[key]]
+    differing += [
+        f"{key}={then[key]} is not there now" if key in then else f"{key}={now[key]} was not there"
+        for key in one_sided
+        if key not in of_versions
+    ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
             f"{directory} holds a run that was begun with other values: {'; '.join(differing[:3])}{more}. It was\n"
             f"  {' '.join(earlier.overrides)}\nGive another run.id=NAME (or hydra.run.dir=) for a new run"
         )
-    unknown = sorted(key for key in now.keys() ^ then.keys() if not _is_under(key, told))
-    if unknown:
-        log.warning("the run was begun by another version of the configs: %s", ", ".join(unknown[:5]))
+    if of_versions:
+        log.warning("the run was begun by another version of the configs: %s", ", ".join(sorted(of_versions)[:5]))
     for key in ("git.sha", "versions.torch"):
         if key in then and key in now and then[key] != now[key]:
             log.warning("the run was begun with %s %s, and goes on with %s", key, then[key], now[key])
+
+
+def _is_set_by(typed: str, key: str) -> bool:
+    """Whether an override of a key sets another: it is that key, above it, below it, or a group that was chosen."""
+    return is_under(key, typed) or is_under(typed, key) or key == f"choices.{typed}"
+
+
+def _commit(config: Mapping[str, Any]) -> str | None:
+    """Of a flat config; the same with changes in the working tree and without, which are of whoever types."""
+    sha = str(config.get("git.sha", "unknown")).removesuffix("-dirty")
+    return None if sha == "unknown" else sha
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """As it will be read back."""
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return plain
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 _locks: dict[Path, Any] = {}

@@ -196,7 +196,7 @@ def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:
         (["tolerance=0"], "tolerance=0 must be a positive number"),
         (["normalize=3"], "normalize=3: choose true or false"),
         (["runtimes=[tvm]"], "runtimes=['tvm']: with to=onnx choose from onnxruntime, openvino"),
-        (["recipe.lr=1"], "recipe.lr=1: an export does not read recipe"),
+        (["recipe.lr=1"], "recipe.lr=1: export.py does not read recipe (how"),
         (["~data.val_transform.ratio"], "CenterCrop: an exported file describes a CenterCrop, of size= and ratio="),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",

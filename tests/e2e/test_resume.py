@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from repvgg.learn.checkpoint import damage
-from support.faults import SMALL, Differences, Start, Training, differences, events
+from support.faults import POISON, SMALL, Differences, Start, Training, differences, events
 
 # Trainings of a minute in all; learn/test_resume.py holds the same laws in one process.
 pytestmark = pytest.mark.slow
@@ -137,11 +137,12 @@ def test_what_happens_to_one_rank_ends_both_and_costs_nothing(
 
 
 def test_a_step_that_was_poisoned_is_named_and_once_put_right_costs_nothing(whole: Training, run: Training) -> None:
-    poison = "+callbacks.poison={_target_:support.faults.Poison,step:27}"
-    with run.started(poison) as start:
+    run.environment = {POISON: '{"step": 27}'}
+    with run.started() as start:
         assert start.wait() == 1
     assert "the loss is not finite at step 27 (epoch 1" in start.output
     assert (run.directory / "nonfinite_step_27.json").exists()
+    run.environment = {}
     run.finish()
     found = differences(whole.directory, run.directory)
     assert (found.result, found.rows) == ([], [])

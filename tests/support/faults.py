@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 EVENTS = "events.log"
 #: In the environment of every process that a start begins, and those begin.
 MARK = "REPVGG_TEST_MARK"
+#: In the environment of a start whose images are to be spoilt: JSON, the arguments of `Poison`. With an override,
+#: the command would be one of another run.
+POISON = "REPVGG_TEST_POISON"
 EPOCHS, BATCHES = 4, 22
 #: Small, and with all that has a state or draws random numbers: EMA, mixup, RandAugment, momentum.
 SMALL = (
@@ -41,11 +44,12 @@ SMALL = (
 class Probe(pl.Callback):
     """Appends a line to ``directory/events.log`` at whatever begins: time, process, what, epoch, batch.
 
-    Such a line survives the process.
+    Such a line survives the process. It spoils images where `POISON` says so.
     """
 
     def __init__(self, directory: str) -> None:
         self.file = Path(directory) / EVENTS
+        self.poison = Poison(**json.loads(os.environ[POISON])) if POISON in os.environ else None
 
     def note(self, trainer: pl.Trainer, what: str, batch: int = 0) -> None:
         if trainer.is_global_zero:
@@ -59,6 +63,8 @@ class Probe(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.note(trainer, "training", batch_idx)
+        if self.poison is not None:
+            self.poison.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

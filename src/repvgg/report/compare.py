@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from repvgg.influence import flat, is_under, splits_groups
 from repvgg.report import table
 from repvgg.report.runs import Run
 
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
 CHOICES = ("model", "ablation", "data", "recipe")
 REFERENCES = ("ablation", "model", "recipe")
 CHECKPOINT = "top-1 of"
-#: Config values that cannot change a result: names and places, what is shown and kept, and how the loader is driven,
-#: whose crops are the same for any number of threads. The commit is not among what separates groups either, since
-#: most commits change no number; the page names all there are.
-NO_EFFECT = (
-    *("seed", "experiment", "root", "output_dir", "ckpt_path", "required", "run", "logger", "git"),
-    *("data.write_command", "data.prepare.directory", "data.num_threads", "data.batches_ahead", "data.os_cache"),
-    *("trainer.default_root_dir", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
-    *("trainer.enable_progress_bar", "trainer.logger", "trainer.profiler", "bench.device", "bench.every_n_epochs"),
-    *("callbacks.health", "callbacks.perf", "callbacks.interruption"),
-    *("callbacks.checkpoints", "callbacks.last"),
-)
 #: Of which choices a config value may be a consequence, by the start of its key; the first that fits counts.
 OWNERS: dict[str, tuple[str, ...]] = {
     "block": ("ablation",),
@@ -171,7 +161,7 @@ def compare(
     Args:
         reference: an ablation, model or recipe that the others are compared with; None is `full`, if it is there.
         paper: as in `repvgg.report.table.paper_of`.
-        ignore: starts of config keys that are not to separate groups, beside `NO_EFFECT`.
+        ignore: starts of config keys that are not to separate groups, beside what `repvgg.influence` says.
         notes: of the reading.
 
     Raises:
@@ -263,39 +253,31 @@ def _key(run: Run, ignore: Sequence[str]) -> dict[str, Any]:
     """What separates a run from others, seed aside: its config, flat, without what cannot change a result."""
     config = {name: value for name, value in run.config.items() if name != "choices"}
     own = str(run.config.get("output_dir") or run.run_dir)
-    skipped = [*NO_EFFECT, *ignore]
     data: Any = config.get("data")
-    if isinstance(data, Mapping) and data.get("prepare"):  # the repository makes these files, wherever they lie
-        skipped += ["data.dir", "data.train_file", "data.val_file"]
-    flat = {
+    own_files = isinstance(data, Mapping) and bool(data.get("prepare"))
+    kept = {
         name: value
         for name, value in flat_items(config)
-        if not _starts(name, skipped) and not (isinstance(value, str) and value.startswith(own))
+        if splits_groups(name, own_files=own_files)
+        and not any(is_under(name, start) for start in ignore)
+        and not (isinstance(value, str) and value.startswith(own))
     }
     source = {"test": "the best checkpoint", "val": "the last validation", "eval": "the file"}[table.top1(run)[2]]
-    return {**{name: run.choice(name) for name in CHOICES}, CHECKPOINT: source, **flat}
+    return {**{name: run.choice(name) for name in CHOICES}, CHECKPOINT: source, **kept}
 
 
-def _starts(name: str, starts: Iterable[str]) -> bool:
-    return any(name == start or name.startswith(f"{start}.") for start in starts)
-
-
-def flat_items(node: Mapping[str, Any], parent: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted keys and their values; whole numbers as floats."""
-    for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat_items(value, f"{parent}{name}.")
-        else:  # 1 and 1.0 are one number, whichever file they come from
-            same = float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-            yield f"{parent}{name}", same
+def flat_items(node: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Dotted keys and their values; whole numbers as floats: 1 and 1.0 are one number, whichever file they are from."""
+    for name, value in flat(node):
+        yield name, float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _know_the_same(keys: Mapping[Run, dict[str, Any]], said: list[str]) -> None:
     """Where some runs do not say which callbacks ran, these separate nothing."""
-    without = [run.name for run, key in keys.items() if not any(_starts(name, ["callbacks"]) for name in key)]
+    without = [run.name for run, key in keys.items() if not any(is_under(name, "callbacks") for name in key)]
     if without and len(without) < len(keys):
         for key in keys.values():
-            for name in [name for name in key if _starts(name, ["callbacks"])]:
+            for name in [name for name in key if is_under(name, "callbacks")]:
                 del key[name]
         said.append(f"Which callbacks ran is not known of {len(without)} runs, and not compared: {without[0]}, ….")
 
@@ -338,7 +320,7 @@ def _columns(keys: Sequence[Mapping[str, Any]], said: list[str]) -> tuple[list[s
     varying = [name for name in names if len({json.dumps(key.get(name)) for key in keys}) > 1]
 
     def follows(name: str) -> bool:
-        owners = next((own for start, own in OWNERS.items() if _starts(name, [start])), ())
+        owners = next((own for start, own in OWNERS.items() if is_under(name, start)), ())
         of_owners: dict[tuple[Any, ...], set[str]] = {}
         for key in keys:
             of_owners.setdefault(tuple(key.get(own) for own in owners), set()).add(json.dumps(key.get(name)))
