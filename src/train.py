@@ -35,7 +35,7 @@ from repvgg.cli import (
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.deploy.int8_options import require_int8
 from repvgg.git import git_sha
-from repvgg.identity import Identity, claim, require_typed_id, run_name
+from repvgg.identity import Identity, changes, claim, plain, require_typed_id, run_name
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -144,6 +144,7 @@ def main(cfg: DictConfig) -> float | None:
                 initial = initialize(module.net, weights)
             if identity is not None:
                 log.info(initial)
+        continued = None
         if cfg.ckpt_path is not None and resumed is None:
             batch_size, epochs = cfg.recipe.batch_size, cfg.trainer.max_epochs
             continued = require_continuable(cfg.ckpt_path, choices, module, batch_size=batch_size, epochs=epochs)
@@ -159,6 +160,8 @@ def main(cfg: DictConfig) -> float | None:
 
     if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
+        if continued is not None:
+            log.info(f"goes on from {cfg.ckpt_path} with {'; '.join(changes(continued, config)) or 'the same values'}")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             identity.write(cfg.output_dir)
     live_and_die_together()

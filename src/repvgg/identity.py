@@ -31,6 +31,8 @@ from repvgg.influence import flat, is_under, may_differ, names_a_folder
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "run.json", ".lock"
+#: Keys that say what a run begins with, which is the checkpoint where one goes on from it.
+HOW_IT_BEGAN = ("ckpt_path", "init_from", "experiment")
 HASH_LENGTH = 6
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -155,7 +157,7 @@ def claim(
             return earlier
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new_id = id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    return Identity(new_id, now, list(overrides), _plain(config))
+    return Identity(new_id, now, list(overrides), plain(config))
 
 
 def read_identity(directory: str | Path) -> Identity | None:
@@ -179,7 +181,7 @@ def require_same(earlier: Identity, config: Mapping[str, Any], overrides: Sequen
     commit. Else another version of the repository has brought or removed the key with its default, and a warning names
     it. What `repvgg.influence` says may differ may be on one side as well.
     """
-    now, then = dict(flat(_plain(config))), dict(flat(earlier.config))
+    now, then = dict(flat(plain(config))), dict(flat(earlier.config))
     keys = [key for key in {**then, **now} if not may_differ(key)]
     one_sided = [key for key in keys if (key in then) != (key in now)]
     typed = [key_of(override) for override in set(earlier.overrides) ^ set(overrides)]
@@ -205,6 +207,13 @@ def require_same(earlier: Identity, config: Mapping[str, Any], overrides: Sequen
             log.warning("the run was begun with %s %s, and goes on with %s", key, then[key], now[key])
 
 
+def changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """``recipe.lr 0.1 → 0.05`` for every key that can change a result and differs between two logged configs."""
+    then, now = dict(flat(earlier)), dict(flat(plain(config)))
+    told = [key for key in {**then, **now} if not may_differ(key) and key not in HOW_IT_BEGAN]
+    return [f"{key} {then.get(key)} → {now.get(key)}" for key in told if then.get(key) != now.get(key)]
+
+
 def _is_set_by(typed: str, key: str) -> bool:
     """Whether an override of a key sets another: it is that key, above it, below it, or a group that was chosen."""
     return is_under(key, typed) or is_under(typed, key) or key == f"choices.{typed}"
@@ -216,10 +225,10 @@ def _commit(config: Mapping[str, Any]) -> str | None:
     return None if sha == "unknown" else sha
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As it will be read back."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return plain
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of JSON alone, as what is written and read back."""
+    plain_types: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain_types
 
 
 _locks: dict[Path, Any] = {}

@@ -55,6 +55,7 @@ ROWS = (
     Row("data.write_command", Kind.NOTHING, "what an error suggests"),
     Row("callbacks.interruption", Kind.NOTHING, "when checkpoints are written to go on from"),
     Row("callbacks.perf", Kind.NOTHING, "watches the loader and warns"),
+    Row("trainer.max_time", Kind.NOTHING, "a training that it cuts short is not finished, and goes on"),
     Row("trainer.enable_progress_bar", Kind.NOTHING, "what the terminal shows"),
     Row("trainer.enable_model_summary", Kind.NOTHING, "what the terminal shows"),
     Row("root", Kind.PLACE, "where outputs and embedded data go"),

@@ -244,7 +244,7 @@ def evaluate(
     Raises:
         SystemExit: after Ctrl-C or SIGTERM.
     """
-    trainer.limit_test_batches = trainer.limit_val_batches  # type: ignore[attr-defined]  # the images are the validation's
+    trainer.limit_test_batches = trainer.limit_val_batches  # the images are the validation's
     (metrics,) = trainer.test(evaluation, datamodule=datamodule, verbose=False)
     assert evaluation.classes is not None
     return {name: float(value) for name, value in metrics.items()}, evaluation.classes

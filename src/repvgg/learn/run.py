@@ -100,7 +100,7 @@ def train_and_test(
             f"checkpoint: lower trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}"
         )
     if best is not None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        trainer.limit_test_batches = trainer.limit_val_batches  # type: ignore[attr-defined]  # the same images
+        trainer.limit_test_batches = trainer.limit_val_batches  # the same images
         # Only the test's own metrics: the names of the last epoch stay the last epoch's.
         tested = trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
         metrics |= {name: float(value) for result in tested for name, value in result.items()}
