@@ -146,7 +146,7 @@ def recorded(
         finally:  # after the record, since W&B may have to be waited for; without one too, where the disk is full
             close_loggers(trainer, metrics, exit_code, preempted=exit_code not in (0, 1, 130))
         if trainer.is_global_zero:
-            said = f"{status} by {error}" if status in ("interrupted", "dry run") else status
+            said = {"interrupted": f"interrupted by {error}", "dry run": f"was a dry run ({error})"}.get(status, status)
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from repvgg.files import replacing
-from repvgg.learn.module import Classifier
+from repvgg.learn.module import Classifier, steps_per_epoch
 from repvgg.learn.optim import schedule_at
 from repvgg.learn.two_forms import TwoFormValidation
 
@@ -315,7 +315,7 @@ class Checkpoints(Checkpoint):
             self._begun = (epoch, trainer.global_step)
             if epoch > 0 and epoch % self.every_n_epochs == 0:
                 self.save_last(trainer)
-        if epoch + 1 == trainer.max_epochs or self._begun[1] + _steps_per_epoch(trainer) == trainer.max_steps:
+        if epoch + 1 == trainer.max_epochs or self._begun[1] + steps_per_epoch(trainer) == trainer.max_steps:
             trainer.check_val_every_n_epoch = 1  # the last epoch is always validated
 
     def on_train_batch_end(
@@ -423,18 +423,10 @@ class Checkpoints(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Change the checkpoint, before Lightning restores the optimiser and the loops, to this training's options."""
-        steps_per_epoch = _steps_per_epoch(trainer)
-        if trainer.max_steps > 0 and trainer.max_steps % steps_per_epoch:
-            whole = max(trainer.max_steps // steps_per_epoch, 1)
-            raise ValueError(
-                f"trainer.max_steps={trainer.max_steps} ends within an epoch, and validation is at the end of one: an "
-                f"epoch has {steps_per_epoch} steps. Give trainer.max_steps={whole * steps_per_epoch}, or "
-                f"trainer.max_epochs=1 trainer.limit_train_batches={trainer.max_steps} for a short epoch"
-            )
         if self._restored is None:
             return
         position = _converted(self._restored[POSITION], trainer)
-        step = position["epoch"] * steps_per_epoch + _steps(position, trainer)
+        step = position["epoch"] * steps_per_epoch(trainer) + _steps(position, trainer)
         if trainer.max_steps > 0 and step != self._restored["global_step"]:
             raise ValueError(
                 f"trainer.max_steps={trainer.max_steps} counts the {self._restored['global_step']} steps of the "
@@ -537,10 +529,6 @@ def _images_per_batch(trainer: pl.Trainer) -> int:
 
 def _steps(position: Mapping[str, Any], trainer: pl.Trainer) -> int:
     return int(-(-position["batches"] // trainer.accumulate_grad_batches))
-
-
-def _steps_per_epoch(trainer: pl.Trainer) -> int:
-    return int(-(-trainer.num_training_batches // trainer.accumulate_grad_batches))
 
 
 def _keep_options(trainer: pl.Trainer, checkpoint: dict[str, Any], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from repvgg.learn.batchnorm import bring_together, check_batchnorm, reads_statistics, running_statistics
-from repvgg.learn.optim import fused_l2, parameter_groups, scaled_lr, warmup_then_cosine
+from repvgg.learn.optim import fused_l2, parameter_groups, require_whole_epochs, scaled_lr, warmup_then_cosine
 from repvgg.model import Block
 
 Batch = tuple[Tensor, Tensor]
@@ -92,6 +93,11 @@ def recompute_blocks(net: nn.Module, recompute: bool) -> None:
     for block in net.modules():
         if isinstance(block, Block):
             block.recomputes = recompute
+
+
+def steps_per_epoch(trainer: pl.Trainer) -> int:
+    """Of the optimiser, once the trainer knows its batches."""
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
 class Classifier(pl.LightningModule):
@@ -265,7 +271,9 @@ class Classifier(pl.LightningModule):
         optimizer = self.make_optimizer(self.parameter_groups(), lr=self.lr)
         self.trainer.fit_loop.setup_data()  # without a number of epochs, the next line would not know its batches
         steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.warmup_epochs * self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        in_epoch = steps_per_epoch(self.trainer)
+        require_whole_epochs(self.trainer.max_steps, in_epoch)
+        warmup = round(self.warmup_epochs * in_epoch)
         schedule = warmup_then_cosine(optimizer, steps, warmup)
         return {
             "optimizer": optimizer,

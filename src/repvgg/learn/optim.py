@@ -155,6 +155,17 @@ def schedule_at(schedule: LambdaLR, step: int) -> LambdaLR:
     return LambdaLR(schedule.optimizer, schedule.lr_lambdas, last_epoch=step - 1)
 
 
+def require_whole_epochs(max_steps: int, steps_per_epoch: int) -> None:
+    """Raise ValueError where ``trainer.max_steps`` (-1: no limit) ends within an epoch, at whose end validation is."""
+    if max_steps > 0 and max_steps % steps_per_epoch:
+        whole = max(max_steps // steps_per_epoch, 1) * steps_per_epoch
+        raise ValueError(
+            f"trainer.max_steps={max_steps} ends within an epoch of {steps_per_epoch} steps, and validation comes "
+            f"after an epoch: give trainer.max_steps={whole}, or for a shorter epoch trainer.max_epochs=1 "
+            f"trainer.limit_train_batches={max_steps}"
+        )
+
+
 def batch_per_device(batch_size: int, devices: int, accumulate: int = 1) -> int:
     """The share of one forward of one device.
 

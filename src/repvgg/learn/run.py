@@ -131,7 +131,7 @@ def introduction(name: str, metrics: Mapping[str, float], module: Classifier, ba
 def conclusion(name: str, status: str, metrics: Mapping[str, float], directory: str) -> str:
     """One line on what came of it, and where it is."""
     parts = [status]
-    if "test/top1" in metrics:
+    if "test/best_epoch" in metrics:
         int8 = f", {metrics['test/int8/top1']:.2%} in int8" if "test/int8/top1" in metrics else ""
         parts.append(
             f"epoch {metrics['test/best_epoch']:.0f} was best: top-1 {metrics['test/top1']:.2%} as trained, "
