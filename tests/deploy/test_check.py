@@ -60,3 +60,14 @@ def test_what_is_too_far_off_is_refused(change: Callable[[Tensor], Tensor]) -> N
 def test_what_is_close_enough_passes() -> None:
     program = Scaled(lambda logits: logits * 1.001)
     require_close(program, compare(program, pairs()), tolerance=1e-2)
+
+
+def test_beside_logits_of_zero_nothing_is_no_difference() -> None:
+    zeros = [(batch, torch.zeros_like(logits)) for batch, logits in pairs()]
+    same = Scaled(lambda logits: 0 * logits)
+    require_close(same, found := compare(same, zeros), 1e-4)
+    assert found.rel_l2 == 0
+    for change in (lambda logits: logits, lambda logits: logits * float("nan")):
+        other = Scaled(change)
+        with pytest.raises(MismatchError, match=r"relative L2 (inf|nan)"):
+            require_close(other, compare(other, zeros), 1e-4)

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from repvgg.learn.two_forms import FormsDisagreeError
+from repvgg.learn.two_forms import Disagreement, FormsDisagreeError
 from repvgg.model import Affine, Block, Branch, ConvBN, ConvShape, to_deploy
 from support.networks import ABLATIONS, tiny
 from support.training import classifier, datamodule, trainer, two_forms
@@ -108,6 +108,14 @@ def test_a_compiled_network_is_validated_too(digits: Path, tmp_path: Path) -> No
     run.fit(module, datamodule=datamodule(digits))
     assert run.callback_metrics["reparam/rel_l2_diff"] < 1e-4
     assert not any("_orig_mod" in key for key in module.state_dict())
+
+
+def test_beside_logits_of_zero_nothing_is_no_difference() -> None:
+    apart, zeros = Disagreement(), torch.zeros(4, 10)
+    apart.update(zeros, zeros)
+    assert apart.compute()["reparam/rel_l2_diff"] == 0
+    apart.update(zeros, torch.ones(4, 10))
+    assert not apart.compute()["reparam/rel_l2_diff"].isfinite()
 
 
 def test_throughput_is_measured_when_due_and_never_with_zero(digits: Path, tmp_path: Path) -> None:

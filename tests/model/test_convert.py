@@ -133,17 +133,19 @@ class ReluBranch(Branch):
 
 def test_a_branch_that_is_not_affine_is_named_with_its_layer() -> None:
     model = nn.Sequential(Block(ConvShape(3, 8), [K3]), Block(ConvShape(8, 8), [K3, ReluBranch]))
-    with pytest.raises(ValueError, match=r"layer '1': ReluBranch says of no affine map"):
+    with pytest.raises(ValueError, match=r"layer '1\.branches\.1': ReluBranch says of no affine map"):
         to_deploy(model)
     foreign = Block(ConvShape(3, 8), [lambda shape: nn.Conv2d(3, 8, 3, padding=1)])
-    with pytest.raises(ValueError, match=r"this block: Conv2d is not a repvgg\.model\.Branch"):
+    with pytest.raises(ValueError, match=r"layer 'branches\.0': Conv2d is not a repvgg\.model\.Branch"):
         to_deploy(foreign)
 
 
 def test_a_norm_that_cannot_fold_is_named_with_its_layer() -> None:
     model = tiny()
     model.stages[1][0].branches[0].bn = nn.GroupNorm(2, 16)
-    with pytest.raises(ValueError, match=r"layer 'stages\.1\.0' cannot be fused: GroupNorm"):
+    with pytest.raises(
+        ValueError, match=r"layer 'stages\.1\.0\.branches\.0\.bn': GroupNorm is not a batch normalisation"
+    ):
         to_deploy(model)
 
 

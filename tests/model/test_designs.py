@@ -98,6 +98,22 @@ def test_a_network_trains_converts_and_is_diagnosed(name: str) -> None:
     assert not shares or sum(shares) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("name", DESIGNS)
+def test_the_train_form_is_traced_in_eval_mode(name: str, gradients: bool) -> None:
+    """By torch.jit.trace, which traces twice and compares the graphs, and by torch.fx."""
+    block = randomize(block_of(name, ConvShape(8, 8))).eval()
+    x, another = (torch.randn(size, dtype=torch.float64) for size in ((2, 8, 7, 10), (3, 8, 9, 5)))
+    with torch.set_grad_enabled(gradients):
+        traced = [torch.jit.trace(block, x), torch.fx.symbolic_trace(block)]
+    for images in (x, another):
+        wanted = block(images)
+        for graph in traced:
+            with torch.set_grad_enabled(not gradients):
+                assert close(graph(images), wanted)
+
+
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_checkpoint_of_every_design_is_read_back(name: str, tmp_path: Path) -> None:
     net, other = randomize(net_of(name)), net_of(name)

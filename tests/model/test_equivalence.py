@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repvgg.model import Block, ConvShape, RepVGG, equivalence, to_deploy
+from repvgg.model import Block, ConvShape, RepVGG, equivalence, relative, to_deploy
 from support.networks import ABLATIONS, ID, K1, K3, randomize, tiny
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
@@ -28,7 +28,7 @@ def test_block_equals_its_fused_form(ablation: str, se_hidden: int) -> None:
         block = randomize(Block(shape, ABLATIONS[ablation], norm=norm, se_hidden=se_hidden).double()).eval()
         x = torch.randn(2, 8, 7, 10, dtype=torch.float64)  # not square
         with torch.no_grad():
-            assert relative(to_deploy(block)(x), block(x)) < 1e-10, shape
+            assert apart(to_deploy(block)(x), block(x)) < 1e-10, shape
 
 
 def oracle(block: Block, x: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def test_both_forms_equal_an_independent_oracle(shape: ConvShape) -> None:
     block = randomize(Block(shape, [K3, K1, ID]).double()).eval()
     x = torch.randn(2, 8, 7, 10, dtype=torch.float64)
     with torch.no_grad():
-        assert relative(block(x), oracle(block, x)) < 1e-10
-        assert relative(to_deploy(block)(x), oracle(block, x)) < 1e-10
+        assert apart(block(x), oracle(block, x)) < 1e-10
+        assert apart(to_deploy(block)(x), oracle(block, x)) < 1e-10
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -114,3 +114,28 @@ def test_low_precision_models_fold_in_float64_and_are_cast_last(dtype: torch.dty
     assert fused.conv.weight.dtype is dtype
     assert torch.equal(fused.conv.weight, exact.kernel.to(dtype))
     assert torch.equal(fused.conv.bias, exact.bias.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_beside_logits_of_zero_nothing_is_no_difference(dtype: torch.dtype) -> None:
+    model = randomize(tiny())
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    images, deployed = torch.randn(2, 3, 32, 32), to_deploy(model)
+    assert equivalence(model, deployed, images, dtype=dtype).rel_l2 == 0
+    torch.nn.init.ones_(deployed.head.bias)
+    assert equivalence(model, deployed, images, dtype=dtype).rel_l2 == float("inf")
+    assert relative(torch.tensor(0.0), torch.tensor(2.0)) == 0
+    for nonfinite in ((float("nan"), 0.0), (0.0, float("nan")), (float("inf"), float("inf")), (float("inf"), 0.0)):
+        assert not relative(*map(torch.tensor, nonfinite)).isfinite()
+
+
+def test_a_fold_that_overflows_half_precision_is_a_difference_that_is_not_finite() -> None:
+    model = randomize(tiny())
+    with torch.no_grad():
+        model.stem.branches[0].bn.weight.fill_(1e5)  # above the 65504 of float16
+    model.half()
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    found = equivalence(model, to_deploy(model), torch.randn(2, 3, 32, 32), dtype=torch.float32)
+    assert not found.rel_l2 <= 1e-3

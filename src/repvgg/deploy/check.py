@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.preprocess import Preprocessing
 from repvgg.deploy.runtimes import Program, load_program
-from repvgg.model import Equivalence
+from repvgg.model import Equivalence, relative
 
 
 class MismatchError(RuntimeError):
@@ -31,7 +31,7 @@ def compare(program: Program, pairs: Iterable[tuple[Tensor, Tensor]]) -> Equival
     wanted, got = (torch.cat(side) for side in zip(*batches, strict=True))
     return Equivalence(
         max_abs=(got - wanted).abs().max().item(),
-        rel_l2=((got - wanted).norm() / wanted.norm()).item(),
+        rel_l2=relative((got - wanted).norm(), wanted.norm()).item(),
         top1_agreement=(got.argmax(1) == wanted.argmax(1)).double().mean().item(),
         dtype=program.precision,
     )

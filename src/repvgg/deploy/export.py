@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import json
 import logging
 import warnings
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy.runtimes import METADATA_FILE, missing_package
 from repvgg.files import replacing
+from repvgg.model import copied
 
 if TYPE_CHECKING:
     import onnx
@@ -183,7 +183,7 @@ def _captured(
         where = f" (its '{training}')" if training else ""
         raise ValueError(f"{type(net).__name__}{where} is in training mode: call .eval() before the export")
     normalize = nn.Identity() if mean is None or std is None else _Normalize(mean, std)
-    deployed = _Deployed(copy.deepcopy(net).to("cpu", torch.float32), normalize).eval()
+    deployed = _Deployed(copied(net).to("cpu", torch.float32), normalize).eval()
     if dynamic_size:  # of channels_last the tracer asks whether a side is 1, and then keeps to the answer
         deployed = deployed.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     sizes: dict[int, Dim] = {0: Dim("batch", min=1)}

@@ -15,7 +15,6 @@ saturates, and at no more than float's speed, unless it is compiled (x86 only).
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import math
@@ -35,6 +34,7 @@ from repvgg.deploy.export import export_onnx
 from repvgg.deploy.int8_options import require_int8
 from repvgg.deploy.runtimes import load_program
 from repvgg.files import replacing
+from repvgg.model import copied, relative
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def quantize(
     images = sum(len(batch) for batch in batches)
     if not images:
         raise ValueError("int8 needs images to calibrate with, and there are none")
-    source = copy.deepcopy(net).to("cpu", torch.float32).eval().requires_grad_(False)
+    source = copied(net).to("cpu", torch.float32).eval().requires_grad_(False)
     with _generators_kept():
         if backend == "torch":
             return _quantize_torch(source, batches, method, per_channel=per_channel, compiled=compiled)
@@ -443,7 +443,7 @@ def noise(net: nn.Module, quantized: Int8Network, images: Tensor) -> list[LayerN
         quantized: of :func:`quantize`.
         images: one batch, N × C × H × W.
     """
-    source = copy.deepcopy(net).to(images.device, torch.float32).eval()
+    source = copied(net).to(images.device, torch.float32).eval()
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -464,7 +464,7 @@ def noise(net: nn.Module, quantized: Int8Network, images: Tensor) -> list[LayerN
                     name,
                     _decibels(weight, layers[name].weight),
                     _decibels(outputs[name], layers[name].output),
-                    float(largest.max() / largest.median()),
+                    float(relative(largest.max(), largest.median())),
                 )
             )
     return found
@@ -472,5 +472,5 @@ def noise(net: nn.Module, quantized: Int8Network, images: Tensor) -> list[LayerN
 
 def _decibels(signal: Tensor, noisy: Tensor) -> float:
     signal, noisy = signal.double(), noisy.to(signal.device, torch.float64)
-    power = float((signal - noisy).square().sum())
-    return math.inf if power == 0 else 10 * math.log10(float(signal.square().sum()) / power)
+    ratio = signal.square().sum() / (signal - noisy).square().sum()
+    return math.inf if torch.equal(signal, noisy) else 10 * float(ratio.log10())

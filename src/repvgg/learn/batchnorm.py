@@ -24,7 +24,6 @@ batch, so that all ranks read the same and a resumed run, which begins with thos
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg.model import copied
 
 CHOICES = ("rank0", "mean", "sync")
 
@@ -119,7 +120,7 @@ def reads_statistics(net: nn.Module, images: Tensor) -> bool:
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         logits = []
         for factor in (1.0, 4.0):
-            changed = copy.deepcopy(net).train()
+            changed = copied(net).train()
             for norm in _norms(changed):
                 norm.running_mean.add_(factor - 1)
                 norm.running_var.mul_(factor)

@@ -25,7 +25,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from repvgg.files import replacing
-from repvgg.model import Affine, Block, Branch, ConvBN, Identity, NotAffineError, norm_as_affine
+from repvgg.model import Affine, Block, Branch, ConvBN, Identity, NotAffineError, norm_as_affine, relative
+from repvgg.model.layers import as_evaluated, other_forward
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +90,17 @@ def diagnose(block: Block, dtype: torch.dtype = torch.float32) -> dict[str, dict
     branches = kinds(block)
     device = next((p.device for p in block.parameters()), torch.device("cpu"))
     maps: dict[str, Affine] = {}
-    for kind, branch in branches.items():
-        try:
-            if isinstance(branch, Branch):
-                maps[kind] = branch.affine(dtype, device)
-        except NotAffineError:
-            continue
+    with as_evaluated(block):
+        for kind, branch in branches.items():
+            try:
+                if isinstance(branch, Branch):
+                    maps[kind] = branch.affine(dtype, device)
+            except NotAffineError:
+                continue
     found: dict[str, dict[str, Tensor]] = {kind: {} for kind in [*branches, FUSED]}
     if maps:
         fused = reduce(operator.add, maps.values())
-        if not isinstance(block.norm, nn.Identity):
+        if not other_forward(block.norm, nn.BatchNorm2d, nn.SyncBatchNorm):  # of another one the deploy form is no map
             scale, shift = norm_as_affine(block.norm, fused.kernel)
             maps = {kind: part.scaled(scale, torch.zeros_like(shift)) for kind, part in maps.items()}
             fused = fused.scaled(scale, shift)
@@ -131,10 +133,10 @@ def _of_a_map(part: Affine, whole: Tensor) -> dict[str, Tensor]:
     under = whole[:, :, rows : whole.shape[2] - rows, columns : whole.shape[3] - columns]  # cheaper than zeros around
     largest = torch.linalg.vector_norm(kernel, torch.inf, (1, 2, 3))
     return {
-        "share": (kernel * under).sum() / torch.linalg.vector_norm(whole).square(),
+        "share": relative((kernel * under).sum(), torch.linalg.vector_norm(whole).square()),
         "norm": torch.linalg.vector_norm(kernel),
         "weight_max": largest.max(),
-        "channel_range": largest.max() / largest.quantile(0.5),
+        "channel_range": relative(largest.max(), largest.quantile(0.5)),
         "bias_min": part.bias.min(),
         "bias_max": part.bias.max(),
     }

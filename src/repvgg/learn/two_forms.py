@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from torchmetrics import MaxMetric, MeanMetric, SumMetric
 
 from repvgg.learn.module import Batch, Classifier, Scores, log_scores
 from repvgg.learn.throughput import Throughput
-from repvgg.model import equivalence, to_deploy
+from repvgg.model import copied, equivalence, relative, to_deploy
 
 
 class Disagreement(nn.Module):
@@ -36,7 +35,7 @@ class Disagreement(nn.Module):
         """Then start afresh."""
         values = {
             "reparam/max_abs_logit_diff": self.max_abs.compute(),
-            "reparam/rel_l2_diff": (self.difference.compute() / self.reference.compute()).sqrt(),
+            "reparam/rel_l2_diff": relative(self.difference.compute(), self.reference.compute()).sqrt(),
             "reparam/top1_agreement": self.agreement.compute(),
         }
         for metric in (self.max_abs, self.agreement, self.difference, self.reference):
@@ -113,7 +112,7 @@ class TwoFormValidation(pl.Callback):
         if trainer.is_global_zero:
             # A copy of the train form: eager also where training is compiled, and free to change its precision.
             assert self.deploy is not None
-            forms = [copy.deepcopy(module.net).eval(), copy.deepcopy(self.deploy)]
+            forms = [copied(module.net).eval(), copied(self.deploy)]
             first_conv = next(m for m in module.net.modules() if isinstance(m, nn.Conv2d))
             measured = self.throughput.images_per_second(forms, first_conv.in_channels)
         train_form, deploy = trainer.strategy.broadcast(measured)  # where the other ranks wait

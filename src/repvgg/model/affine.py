@@ -9,13 +9,18 @@ Letters: O output channels, I input channels, g groups, k kernel size (odd).
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from repvgg.model.layers import NotAffineError, in_order, other_forward, unwrapped
 
 
 class Affine:
@@ -108,7 +113,10 @@ class Affine:
 
     def then_norm(self, norm: nn.Module) -> Affine:
         """This map followed by ``norm`` as it is in eval mode (equation 3); ``nn.Identity`` changes nothing."""
-        return self if isinstance(norm, nn.Identity) else self.scaled(*norm_as_affine(norm, self.bias))
+        total = self
+        for layer in in_order(norm):
+            total = total.scaled(*norm_as_affine(layer, self.bias))
+        return total
 
 
 #: Numbers that are folded at a time: what the second-level cache of a core holds, in float64.
@@ -130,13 +138,15 @@ def folded(
         memory_format: of the result.
 
     Raises:
-        ValueError: a norm that cannot be folded, or maps that are not of one block.
+        NotAffineError: a norm that cannot be folded.
+        ValueError: maps that are not of one block.
     """
     bias = reduce(operator.add, (m.bias for m in maps))
     scale = None
-    if not isinstance(norm, nn.Identity):
-        scale, shift = norm_as_affine(norm, bias)
-        bias = bias * scale + shift
+    for layer in in_order(norm):
+        factor, shift = norm_as_affine(layer, bias)
+        bias = bias * factor + shift
+        scale = factor if scale is None else scale * factor
     channels, inputs = maps[0].shape[:2]
     if any(m.shape[:2] != (channels, inputs) for m in maps):
         raise ValueError(f"kernels {', '.join(str(tuple(m.shape)) for m in maps)} are not of one block")
@@ -161,26 +171,133 @@ def _common_size(maps: Iterable[Affine]) -> tuple[int, int]:
     return max(heights), max(widths)
 
 
+def conv_as_affine(
+    layer: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    padded: bool = True,
+) -> Affine:
+    """The map that a convolution is, in ``dtype``; of a ``Sequential``, with the norms after the convolution.
+
+    Args:
+        layer: an ``nn.Conv2d`` that computes as torch's does, with or without a bias, whatever computes its weight.
+        dtype: the precision of the folding.
+        device: of the result.
+        stride, dilation, groups: those of the branch; the layer must have them.
+        padded: with zeros, so that the kernel's centre sits on the pixel; False: not at all.
+
+    Raises:
+        NotAffineError: anything else. The message says what.
+    """
+    first, *norms = in_order(layer) or [unwrapped(layer)]
+    if why := other_forward(first, nn.Conv2d):
+        raise NotAffineError(f"{type(first).__name__} {why}: it cannot be folded into a kernel", first)
+    require_geometry(first, stride=stride, dilation=dilation, groups=groups, padded=padded)
+    convolution: Any = first
+    kernel, bias = convolution.weight.to(device), convolution.bias
+    shift = torch.zeros(len(kernel), dtype=dtype, device=device) if bias is None else bias.to(device, dtype)
+    total = Affine(kernel, shift)
+    for norm in norms:
+        total = total.then_norm(norm)
+    return total
+
+
+def require_geometry(conv: nn.Module, *, stride: int, dilation: int, groups: int, padded: bool = True) -> None:
+    """Refuse an ``nn.Conv2d`` that moves over the image in another way than its branch was made for.
+
+    Args:
+        conv: the layer.
+        stride, dilation, groups, padded: see :func:`conv_as_affine`.
+
+    Raises:
+        NotAffineError: the message names every value that differs.
+    """
+    kernel: Tensor = conv.weight  # type: ignore[assignment]
+    dilations = _pair(conv.dilation)
+    centred = tuple(d * (k // 2) for d, k in zip(dilations, kernel.shape[2:], strict=True))
+    named = {"same": centred, "valid": (0, 0)}
+    padding = named[conv.padding] if isinstance(conv.padding, str) else _pair(conv.padding)
+    pointwise = kernel.shape[2:] == (1, 1)
+    wanted = {
+        "stride": (_pair(conv.stride), (stride, stride)),
+        "padding": (padding, centred if padded else (0, 0)),
+        "dilation": ((dilation,) * 2 if pointwise else dilations, (dilation, dilation)),
+        "groups": (conv.groups, groups),
+        "padding_mode": ("zeros" if padding == (0, 0) else conv.padding_mode, "zeros"),
+    }
+    other = [
+        f"{name}={has!r} where its branch folds {name}={wants!r}"
+        for name, (has, wants) in wanted.items()
+        if has != wants
+    ]
+    if other:
+        raise NotAffineError(f"{type(conv).__name__} has {', '.join(other)}", conv)
+    if not kernel.is_floating_point():
+        raise NotAffineError(f"{type(conv).__name__} has a kernel of {kernel.dtype}: only real numbers fold", conv)
+
+
+def _pair(value: object) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[arg-type, return-value]
+
+
 def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale ``γ / sqrt(σ² + ε)`` and shift ``β − μ γ / sqrt(σ² + ε)`` of an eval-mode BatchNorm (equation 2).
 
+    Args:
+        norm: BatchNorm2d, SyncBatchNorm, or a class called FrozenBatchNorm2d (torchvision's, detectron2's, DETR's),
+            which has the same formula on buffers.
+        like: of the dtype and device wanted.
+
     Returns:
-        scale and shift, each of shape (channels,), with the dtype and device of ``like``.
+        scale and shift, each of shape (channels,).
 
     Raises:
-        ValueError: ``norm`` is no BatchNorm with running statistics, so it has no fixed scale.
+        NotAffineError: ``norm`` is none of these, or has no running statistics and so no fixed scale.
     """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        raise ValueError(f"{type(norm).__name__} is not a batch normalisation, it cannot be folded into a kernel")
+    frozen = any(kind.__name__ == FROZEN for kind in type(norm).__mro__)
+    if not frozen and (why := other_forward(norm, nn.BatchNorm2d, nn.SyncBatchNorm)):
+        what = why if isinstance(norm, _BatchNorm) else "is not a batch normalisation"
+        raise NotAffineError(f"{type(norm).__name__} {what}: it cannot be folded into a kernel", norm)
+    scale, shift = _scale_and_shift(norm, like)
+    if frozen and not scale.is_meta:
+        _require_formula(norm)
+    return scale, shift
+
+
+#: Nothing derives it from a class of torch, so that only its name tells.
+FROZEN = "FrozenBatchNorm2d"
+
+
+def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("this BatchNorm keeps no running statistics (track_running_stats=False): nothing to fold")
-    scale = (norm.running_var.to(like) + norm.eps).rsqrt()
+        raise NotAffineError(
+            f"{type(norm).__name__} keeps no running statistics (track_running_stats=False): nothing to fold", norm
+        )
+    scale = (norm.running_var.to(like) + getattr(norm, "eps", 1e-5)).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.to(like)
     shift = -norm.running_mean.to(like) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.to(like)
     return scale, shift
+
+
+@torch.no_grad()
+def _require_formula(norm: nn.Module) -> None:
+    """Compare a norm that its name alone tells with what it computes, over many magnitudes of both signs."""
+    exact = copy.deepcopy(norm).double().eval()
+    like = next(exact.buffers())
+    values = torch.tensor([0.0, 0.1, 1.0, 10.0, 1e4], dtype=like.dtype, device=like.device)
+    values = torch.cat([-values, values])
+    scale, shift = _scale_and_shift(exact, like)
+    expected = scale[:, None] * values + shift[:, None]
+    found = exact.forward(values.expand(1, len(scale), 1, -1))[0, :, 0]
+    if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
+        raise NotAffineError(f"{type(norm).__name__} computes something else than a frozen BatchNorm", norm)
 
 
 def identity_map(channels: int, groups: int, *, dtype: torch.dtype, device: torch.device) -> Affine:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from repvgg.model.affine import Affine
-from repvgg.model.branches import Branch, BranchFactory, ConvShape, Normed, NotAffineError, Summand
+from repvgg.model.branches import Branch, BranchFactory, ConvShape, Normed, Summand
 from repvgg.model.fused import has_hooks, normalized_sum, shared
+from repvgg.model.layers import NotAffineError, as_evaluated, require_own_map, unwrapped
 
 
 class SqueezeExcite(nn.Module):
@@ -91,7 +93,7 @@ class Block(nn.Module):
         normed = type(self.norm) is not nn.Identity
         if not self.training:
             total = self.norm(self._sum(x))
-            if rectified and not normed and self._owns_sum():
+            if rectified and not normed and self._owns_sum(x):
                 return F.relu_(total)
             return self.activation(self.se(total))
         total = self._normalized_sum(x, relu=rectified and not normed)
@@ -99,9 +101,14 @@ class Block(nn.Module):
             total = normalized_sum([total], [self.norm], relu=rectified)
         return total if rectified else self.activation(self.se(total))
 
-    def _owns_sum(self) -> bool:
-        """Whether the sum of branches is a new map that no backward reads: it may be written over."""
-        return len(self.branches) > 1 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    def _owns_sum(self, x: Tensor) -> bool:
+        """Whether the sum of branches is a new map that no backward reads: it may be written over.
+
+        Not in a graph, which may run with gradients later: torch.compile, torch.jit.trace, and torch.fx, whose inputs
+        are no tensors.
+        """
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor)
+        return len(self.branches) > 1 and not (torch.is_grad_enabled() or traced)
 
     def _sum(self, x: Tensor) -> Tensor:
         first, *others = self.branches
@@ -110,7 +117,7 @@ class Block(nn.Module):
         for branch in others:
             term = branch(x)
             total = total.add_(term) if owned and term.dtype == total.dtype else total + term
-            owned = self._owns_sum()
+            owned = self._owns_sum(x)
         return total
 
     def _normalized_sum(self, x: Tensor, *, relu: bool) -> Tensor:
@@ -138,12 +145,10 @@ class Block(nn.Module):
 
     def maps(self, dtype: torch.dtype = torch.float64) -> list[Affine]:
         """What every branch is in eval mode; see :meth:`affine`."""
-        maps, device = [], self._device()
-        for branch in self.branches:
-            if not isinstance(branch, Branch):
-                raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no affine()")
-            maps.append(branch.affine(dtype, device))
-        return maps
+        require_own_map(self, "maps")
+        device = self._device()
+        with as_evaluated(self):
+            return [branch.affine(dtype, device) for branch in self._readable()]
 
     def summands(self, dtype: torch.dtype = torch.float64) -> list[Summand]:
         """What the sum of branches is in eval mode, as few convolutions: all affine branches are one.
@@ -154,20 +159,42 @@ class Block(nn.Module):
         Raises:
             NotAffineError: a branch is no map followed by an activation either.
         """
+        require_own_map(self, "maps")
         maps: list[Affine] = []
         others: list[Summand] = []
-        for branch in self.branches:
-            if not isinstance(branch, Branch):
-                raise NotAffineError(f"{type(branch).__name__} is not a repvgg.model.Branch: it has no summand()")
-            try:
-                maps.append(branch.affine(dtype, self._device()))
-            except NotAffineError:
-                others.append(branch.summand(self.shape, dtype, self._device()))
+        device = self._device()
+        with as_evaluated(self):
+            for branch in self._readable():
+                try:
+                    maps.append(branch.affine(dtype, device))
+                except NotAffineError:
+                    others.append(branch.summand(self.shape, dtype, device))
         return [*([Summand(reduce(operator.add, maps), self.shape, nn.Identity())] if maps else []), *others]
 
+    def _readable(self) -> list[Branch]:
+        """The branches, each of which says what it computes.
+
+        Raises:
+            NotAffineError: a module that is no branch; a forward that its class's affine() or summand() does not know.
+        """
+        branches = [unwrapped(branch) for branch in self.branches]
+        for module in self.branches.modules():
+            for says in ("affine", "summand"):
+                said = getattr(type(module), says, None)
+                if said is not None and said is not getattr(Branch, says):
+                    require_own_map(module, says)
+        for branch in branches:
+            if not isinstance(branch, Branch):
+                raise NotAffineError(
+                    f"{type(branch).__name__} is not a repvgg.model.Branch: it has no affine()", branch
+                )
+            if getattr(branch, "shape", self.shape) != self.shape:
+                raise NotAffineError(f"{type(branch).__name__} is of {branch.shape}, its block of {self.shape}", branch)
+        return branches  # type: ignore[return-value]
+
     def _device(self) -> torch.device:
-        # A bare identity alone has no tensors; every other block is where its parameters are.
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        # A bare identity alone has no tensors; every other block is where its tensors are.
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # Also under strict=False, where such a file would leave every branch as it was initialised.

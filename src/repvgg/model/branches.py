@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from repvgg.model.affine import Affine, identity_map
+from repvgg.model.affine import Affine, conv_as_affine, identity_map
 from repvgg.model.fused import every
+from repvgg.model.layers import NotAffineError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Branch(nn.Module):
         raise NotAffineError(
             f"{type(self).__name__} says of no affine map that it equals it: a block with such a branch cannot "
             "become one convolution. Give the class an affine() method (summand() where a nonlinearity follows a map), "
-            "or train without this branch"
+            "or train without this branch",
+            self,
         )
 
     def summand(self, shape: ConvShape, dtype: torch.dtype, device: torch.device) -> Summand:
@@ -111,10 +113,6 @@ class Normed(Branch):
         return normalized
 
 
-class NotAffineError(ValueError):
-    """A branch or a norm that no convolution equals."""
-
-
 #: Makes a branch for a shape, or None where the design has none there. What the YAML files of conf/ablation list.
 BranchFactory = Callable[[ConvShape], Branch | None]
 
@@ -142,6 +140,7 @@ class ConvBN(Normed):
         # same map; the strided kernel's backward in channels_last writes outside of its memory on a CPU (torch 2.13,
         # fewer than 16 input channels, large maps: stage 0's 1×1 branch exactly).
         pointwise = height == width == 1
+        self.shape = shape
         self.subsample = shape.stride if pointwise else 1
         self.conv = nn.Conv2d(
             shape.in_channels,
@@ -162,8 +161,11 @@ class ConvBN(Normed):
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The kernel, scaled by the BatchNorm (equation 3)."""
-        kernel = self.conv.weight.to(device)
-        return Affine(kernel, torch.zeros(len(kernel), dtype=dtype, device=device)).then_norm(self.bn)
+        stride, dilation, groups = self.shape.stride // self.subsample, self.shape.dilation, self.shape.groups
+        convolution = conv_as_affine(self.conv, dtype, device, stride=stride, dilation=dilation, groups=groups)
+        if self.subsample > 1 and convolution.shape[2:] != (1, 1):
+            raise NotAffineError("a kernel above 1x1 on every n-th pixel is no strided convolution", self.conv)
+        return convolution.then_norm(self.bn)
 
 
 class Identity(Normed):

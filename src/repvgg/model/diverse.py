@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg.model.affine import Affine, identity_map, norm_as_affine
+from repvgg.model.affine import Affine, conv_as_affine, identity_map, norm_as_affine
 from repvgg.model.branches import Branch, ConvShape
+from repvgg.model.layers import NotAffineError, in_order, other_forward, unwrapped
 
 
 class _Pointwise(nn.Module):
@@ -18,21 +19,24 @@ class _Pointwise(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, padding: int) -> None:
         super().__init__()
-        self.padding = padding
+        self.padding, self.groups = padding, groups
         self.conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """N × I × H × W to N × O × (H + 2 padding) × (W + 2 padding)."""
         y = self.bn(self.conv(x))
-        of_zeros = norm_as_affine(self.bn, self.bn.weight)[1].to(y.dtype)[:, None, None]
+        scale, of_zeros = norm_as_affine(self.bn, y if self.bn.weight is None else self.bn.weight)
+        if (bias := getattr(self.conv, "bias", None)) is not None:
+            of_zeros = of_zeros + scale * bias
         frame = F.pad(y.new_zeros(y.shape[2:]), (self.padding,) * 4, value=1.0)
-        return F.pad(y, (self.padding,) * 4) + of_zeros * frame
+        return F.pad(y, (self.padding,) * 4) + of_zeros.to(y.dtype)[:, None, None] * frame
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The kernel, scaled by the BatchNorm."""
-        kernel = self.conv.weight.to(device, dtype)
-        return Affine(kernel, kernel.new_zeros(len(kernel))).then_norm(self.bn)
+        if in_order(self.conv) != [unwrapped(self.conv)]:  # the border would not know its bias
+            raise NotAffineError(f"{type(self.conv).__name__} is not a Conv2d", self.conv)
+        return conv_as_affine(self.conv, dtype, device, groups=self.groups).then_norm(self.bn)
 
 
 def _padding(shape: ConvShape, kernel_size: int) -> int:
@@ -56,6 +60,7 @@ class PointwiseConv(Branch):
 
     def __init__(self, shape: ConvShape, kernel_size: int = 3) -> None:
         super().__init__()
+        self.shape = shape
         channels = shape.in_channels
         self.first = _Pointwise(channels, channels, shape.groups, _padding(shape, kernel_size))
         nn.init.dirac_(self.first.conv.weight, shape.groups)
@@ -76,9 +81,11 @@ class PointwiseConv(Branch):
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """Both convolutions as one."""
-        kernel = self.conv.weight.to(device, dtype)
-        outer = Affine(kernel, kernel.new_zeros(len(kernel)))
-        return self.first.affine(dtype, device).then(outer, self.conv.groups).then_norm(self.bn)
+        stride, dilation, groups = self.shape.stride, self.shape.dilation, self.shape.groups
+        outer = conv_as_affine(self.conv, dtype, device, stride=stride, dilation=dilation, groups=groups, padded=False)
+        if any(dilation * (size // 2) != self.first.padding for size in outer.shape[2:]):
+            raise NotAffineError(f"a kernel {tuple(outer.shape)} after padding by {self.first.padding}", self.conv)
+        return self.first.affine(dtype, device).then(outer, groups).then_norm(self.bn)
 
 
 class PointwiseAverage(Branch):
@@ -96,6 +103,7 @@ class PointwiseAverage(Branch):
         super().__init__()
         if shape.dilation != 1:
             raise ValueError(f"no average pooling with dilation={shape.dilation}: leave PointwiseAverage out there")
+        self.shape = shape
         self.first = _Pointwise(shape.in_channels, shape.out_channels, shape.groups, _padding(shape, kernel_size))
         self.average = nn.AvgPool2d(kernel_size, shape.stride)
         self.bn = nn.BatchNorm2d(shape.out_channels)
@@ -107,7 +115,9 @@ class PointwiseAverage(Branch):
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The average as a convolution of each channel with itself, after the 1×1."""
-        channels, groups, k = self.bn.num_features, self.first.conv.groups, self.kernel_size
+        channels, groups, k, pool = self.shape.out_channels, self.shape.groups, self.kernel_size, self.average
+        if other_forward(pool, nn.AvgPool2d) or pool.extra_repr() != nn.AvgPool2d(k, self.shape.stride).extra_repr():
+            raise NotAffineError(f"{pool} is not the {k}x{k} average of stride {self.shape.stride} that folds", pool)
         own = identity_map(channels, groups, dtype=dtype, device=device)
         average = Affine(own.kernel.expand(-1, -1, k, k) / k**2, own.bias)
         return self.first.affine(dtype, device).then(average, groups).then_norm(self.bn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from repvgg.model.affine import Affine, identity_map
 from repvgg.model.branches import Branch, ConvShape
+from repvgg.model.layers import weight_without_hooks
 
 #: Channels between the two convolutions of the separable one, per input channel.
 EXPANSION = 8
@@ -64,43 +66,54 @@ class Orepa(Branch):
         self.scale = nn.Parameter(at_first[:, None].repeat(1, outputs))  # branch × output channel
         self.register_buffer("frequencies", frequency_prior(outputs, kernel_size), persistent=False)
 
-    def _kernel(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The sum of the scaled branches, O × I/g × k × k, computed in ``dtype``."""
-        k, groups = self.kernel_size, self.shape.groups
-
-        def weight(conv: nn.Conv2d) -> Tensor:
-            return conv.weight.to(device, dtype)
-
-        none = self.scale.new_zeros(self.shape.out_channels, device=device, dtype=dtype)
-        identity = identity_map(self.shape.in_channels, groups, dtype=dtype, device=device)
-        first = identity + Affine(weight(self.first), identity.bias)
-        depthwise = weight(self.depthwise).unflatten(0, (groups, -1, EXPANSION))[:, :, :, 0]
-        pointwise = weight(self.pointwise)[:, :, 0, 0].unflatten(0, (groups, -1)).unflatten(2, (-1, EXPANSION))
-        branches = [
-            weight(self.conv),
-            weight(self.average).expand(-1, -1, k, k) / k**2,
-            weight(self.prior) * self.get_buffer("frequencies").to(device, dtype)[:, None],
-            first.then(Affine(weight(self.second), none), groups).kernel,
-            weight(self.point),
-            # g groups, i channels of one, m of the 8 that each becomes, o outputs of a group.
-            torch.einsum("gimhw,goim->goihw", depthwise, pointwise).flatten(0, 1),
-        ]
-        total = Affine(torch.zeros_like(branches[0]), none)
-        for scale, kernel in zip(self.scale.to(device, dtype), branches, strict=True):
-            total = total + Affine(kernel, none).scaled(scale, none)
-        return total.kernel
+    def _tensors(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """What the kernel is computed from, in ``dtype``: see :func:`orepa_kernel`."""
+        maps = (self.conv, self.average, self.prior)
+        composed = (self.first, self.second, self.point, self.depthwise, self.pointwise)
+        tensors = (*map(weight_without_hooks, (*maps, *composed)), self.scale, self.get_buffer("frequencies"))
+        return [tensor.to(device, dtype) for tensor in tensors]
 
     def forward(self, x: Tensor) -> Tensor:
         """N × I × H × W to N × O × ⌈H/stride⌉ × ⌈W/stride⌉."""
-        kernel = self._kernel(self.conv.weight.dtype, self.conv.weight.device)
         shape = self.shape
+        kernel = orepa_kernel(self._tensors(self.conv.weight.dtype, self.conv.weight.device), shape.groups)
         padding = shape.dilation * (self.kernel_size // 2)
         return F.conv2d(x, kernel, None, shape.stride, padding, shape.dilation, shape.groups)
 
     def affine(self, dtype: torch.dtype, device: torch.device) -> Affine:
         """The kernel that it trains with."""
-        kernel = self._kernel(dtype, device)
+        kernel = orepa_kernel(self._tensors(dtype, device), self.shape.groups)
         return Affine(kernel, kernel.new_zeros(len(kernel)))
+
+
+@torch.fx.wrap  # one node of a traced graph
+def orepa_kernel(tensors: Sequence[Tensor], groups: int) -> Tensor:
+    """The sum of the scaled branches, O × I/g × k × k.
+
+    Args:
+        tensors: the weights of ``conv``, ``average``, ``prior``, ``first``, ``second``, ``point``, ``depthwise`` and
+            ``pointwise``, the scales and the frequencies, all of one precision.
+        groups: of the block.
+    """
+    conv, average, prior, first, second, point, depthwise, pointwise, scales, frequencies = tensors
+    k = conv.shape[-1]
+    none = scales.new_zeros(len(conv))
+    identity = identity_map(len(first), groups, dtype=conv.dtype, device=conv.device)
+    depthwise = depthwise.unflatten(0, (groups, -1, EXPANSION))[:, :, :, 0]
+    pointwise = pointwise[:, :, 0, 0].unflatten(0, (groups, -1)).unflatten(2, (-1, EXPANSION))
+    branches = [
+        conv,
+        average.expand(-1, -1, k, k) / k**2,
+        prior * frequencies[:, None],
+        (identity + Affine(first, identity.bias)).then(Affine(second, none), groups).kernel,
+        point,
+        # g groups, i channels of one, m of the 8 that each becomes, o outputs of a group.
+        torch.einsum("gimhw,goim->goihw", depthwise, pointwise).flatten(0, 1),
+    ]
+    total = Affine(torch.zeros_like(branches[0]), none)
+    for scale, kernel in zip(scales, branches, strict=True):
+        total = total + Affine(kernel, none).scaled(scale, none)
+    return total.kernel
 
 
 def frequency_prior(channels: int, kernel_size: int) -> Tensor:
