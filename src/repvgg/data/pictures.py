@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from repvgg.data.encode import to_rgb
 from repvgg.data.sources import IMAGE_SUFFIXES
@@ -55,5 +55,7 @@ def open_image(path: Path) -> Image.Image:
             )  # PIL's about notes and large images; what counts is whether pixels come out
             with Image.open(path) as image:
                 return to_rgb(image)
+    except UnidentifiedImageError:
+        raise UnreadableImageError(f"{path} cannot be read as an image: it is of no format that PIL reads") from None
     except Exception as error:  # PIL raises nearly anything
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 OnBad = Literal["stop", "skip"]
 
-REVISION = 1
+REVISION = 2
 """To be raised when the same request gives other bytes: no file is begun by one revision and ended by another."""
 WORTH_WORKERS = 2000
 """With fewer images than this, starting processes takes longer than encoding."""
