@@ -4,6 +4,8 @@ Imports little: every worker process of the writer starts with this module.
 """
 
 import ctypes
+import errno
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -265,9 +267,14 @@ def encode_chunk(source: ImageSource, indices: list[int], options: WriteOptions,
     for index in indices:
         try:
             sample = source[index]
+        except OSError as error:
+            # Of a file that is named, not of this process.
+            of_a_file = error.filename is not None and error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+            name = os.fsdecode(error.filename) if of_a_file else f"sample {index}"
+            outcome: Encoded | Bad = Bad(name, f"cannot be read: {error.strerror or error}", skippable=of_a_file)
         except Exception as error:
             reason = f"cannot be read: {type(error).__name__}: {error}"
-            outcome: Encoded | Bad = Bad(f"sample {index}", reason, skippable=False)
+            outcome = Bad(f"sample {index}", reason, skippable=False)
         else:
             outcome = _wrong_label(sample, len(source.classes)) or encode(
                 sample, options, as_jpeg=options.as_jpeg(seed, index)
