@@ -22,7 +22,7 @@ from repvgg.cli import (
     require_read,
     run_group,
 )
-from repvgg.data.manifest import number_of_classes, read_manifest, require_files
+from repvgg.data.manifest import number_of_classes, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import subject
 from repvgg.influence import UNREAD
@@ -70,7 +70,7 @@ def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
         if cfg.int8 is not None and not Path(cfg.quantizer.file).is_file():
             raise ValueError(
                 f"int8={cfg.int8} calibrates with training images, and there is no {cfg.quantizer.file}. Write it with"
-                f"\n  {cfg.data.write_command}\n"
+                f"\n  {suggested(cfg.data.write_command, cfg.data.dir)}\n"
                 f"or take images that the accuracy is then measured on too: quantizer.file={cfg.data.val_file}"
             )
     return cfg, choices

@@ -22,7 +22,7 @@ from repvgg.cli import (
     require_checkpoint,
     require_read,
 )
-from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files
+from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 
 if TYPE_CHECKING:
@@ -150,7 +150,10 @@ def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Te
     if cfg.check_images is not None:
         from repvgg.data.pictures import find_images, open_image
 
-        files = find_images(check_paths(cfg))[: cfg.images]
+        found = find_images(check_paths(cfg))
+        if found.unreadable:
+            raise ValueError(f"check_images: {found.unreadable[0]}")
+        files = found.files[: cfg.images]
         crops = np.stack([preprocessing.cut(open_image(file)) for file in files])
         pixels = torch.from_numpy(crops).permute(0, 3, 1, 2)
         return list(pixels.split(BATCH)), f"{len(files)} images of {', '.join(check_paths(cfg))}"
@@ -194,7 +197,7 @@ def quantize_file(cfg: DictConfig, file: Path, preprocessing: "Preprocessing") -
     if not Path(chosen.file).is_file():
         raise ValueError(
             f"int8={cfg.int8} calibrates with training images, and there is no {chosen.file}. Write it with\n"
-            f"  {cfg.data.write_command}\nor give another .beton file: quantizer.file=PATH"
+            f"  {suggested(cfg.data.write_command, cfg.data.dir)}\nor give another .beton file: quantizer.file=PATH"
         )
     pixels = drawn_images(
         chosen.file,

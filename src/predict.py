@@ -78,10 +78,14 @@ def main() -> None:
 
     unreadable: list[str] = []
     with clear_errors():
+        from repvgg.data.folders import kinds
         from repvgg.data.pictures import find_images
         from repvgg.deploy.runtimes import load_program
 
-        files = find_images(arguments.images)
+        files, unlisted, not_read = find_images(arguments.images)
+        unreadable += unlisted
+        if not_read:
+            print(f"not read: {kinds(not_read)}", file=sys.stderr)
         program = load_program(
             arguments.model, arguments.runtime, threads=arguments.threads, precision=arguments.precision
         )

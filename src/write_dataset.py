@@ -9,6 +9,7 @@ import hydra.utils
 from omegaconf import DictConfig
 
 from repvgg.cli import clear_errors, key_suggestions, prepare_environment
+from repvgg.data.manifest import suggested
 
 FLAGS = {"--verify": "verify=true", "--adopt": "adopt=true"}
 
@@ -19,7 +20,8 @@ def write(cfg: DictConfig) -> None:
     missing = [f"source.{key}" for key in needed if cfg.source[key] is None]
     if cfg.data.prepare is None and missing:
         raise ValueError(
-            f"{' and '.join(missing)} must say where the images are, for example\n  {cfg.data.write_command}\n"
+            f"{' and '.join(missing)} must say where the images are, for example\n"
+            f"  {suggested(cfg.data.write_command, cfg.data.dir)}\n"
             "Class folders (source.train=… source.val=…), source=ilsvrc_tars or source=huggingface: see --help"
         )
 
@@ -28,6 +30,7 @@ def write(cfg: DictConfig) -> None:
         hydra.utils.instantiate(cfg.data.prepare)()
         print(f"{cfg.data.train_file} and {cfg.data.val_file} are there and sound")
         return
+    from repvgg.data.folders import kinds
     from repvgg.data.sources import require_same_classes
     from repvgg.data.write import write_beton
 
@@ -41,7 +44,11 @@ def write(cfg: DictConfig) -> None:
             source, path, options=options, seed=cfg.seed, num_workers=cfg.num_workers, on_bad=cfg.on_bad
         )
         left_out = f", {len(manifest.skipped)} left out" if manifest.skipped else ""
-        print(f"{path.absolute()}: {manifest.samples} images of {len(manifest.classes)} classes{left_out}", flush=True)
+        not_read = f"; not read: {kinds(source.not_read)}" if source.not_read else ""
+        print(
+            f"{path.absolute()}: {manifest.samples} images of {len(manifest.classes)} classes{left_out}{not_read}",
+            flush=True,
+        )
 
 
 def check(cfg: DictConfig) -> None:
@@ -74,7 +81,10 @@ def main(cfg: DictConfig) -> None:
         unknown = [split for split in cfg.splits if split not in ("train", "val")]
         if unknown or not cfg.splits:
             raise ValueError(f"splits must be [train], [val] or [train,val], got {list(cfg.splits)}")
-        (check if cfg.verify or cfg.adopt else write)(cfg)
+        try:
+            (check if cfg.verify or cfg.adopt else write)(cfg)
+        except OSError as error:
+            raise ValueError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

@@ -174,3 +174,14 @@ def test_rows_of_one_group_follow_each_other(root: Path) -> None:
     group = np.repeat(np.arange(5), sizes)[order]
     assert np.count_nonzero(np.diff(group)) == 4
     assert not np.array_equal(order, np.sort(order))
+
+
+def test_hidden_and_unreadable_files_beside_the_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    images = [("1.jpg", 0, b"x")]
+    shards(folder, images, ["cat"], split="train", kind="parquet")
+    (folder / "._train-00000.parquet").write_bytes(b"of the Finder")
+    assert len(HuggingFaceFiles(folder)) == 1
+    (folder / "gone.parquet").symlink_to("/gone")
+    with pytest.raises(ValueError, match=r"gone\.parquet cannot be read: .*No such file"):
+        HuggingFaceFiles(folder)

@@ -64,11 +64,14 @@ def test_write_dataset_writes_two_folders_of_images(tmp_path: Path) -> None:
         for label in ("cat", "dog"):
             (tmp_path / split / label).mkdir(parents=True)
             Image.new("RGB", (60, 40), "red").save(tmp_path / split / label / "a.png")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "cat" / "a.gif").touch()
     sources = [f"source.{split}={tmp_path / split}" for split in ("train", "val")]
     target = f"data.dir={tmp_path / 'out'}"
     done = write_dataset("data=folder", target, *sources, "write.max_resolution=30", "num_workers=1")
     assert done.returncode == 0, done.stderr
-    assert "2 images of 2 classes" in done.stdout
+    assert "train.beton: 2 images of 2 classes; not read: 1 .gif, 1 hidden\n" in done.stdout
+    assert "val.beton: 2 images of 2 classes\n" in done.stdout
     for split in ("train", "val"):
         manifest = read_manifest(tmp_path / "out" / f"{split}.beton")
         assert manifest.classes == ["cat", "dog"]

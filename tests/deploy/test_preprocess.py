@@ -37,7 +37,7 @@ def test_the_crop_is_the_validation_loaders(crop: int, ratio: float, photos: Pat
     loader = make_loader(path, transform=CenterCrop(crop, ratio), batch_size=6, train=False)
     ((theirs, _),) = [(images.clone(), labels) for images, labels in loader]
     prepared = preprocessing(crop, ratio)
-    ours = np.stack([prepared.cut(open_image(file)) for file in find_images([photos])]).transpose(0, 3, 1, 2)
+    ours = np.stack([prepared.cut(open_image(file)) for file in find_images([photos]).files]).transpose(0, 3, 1, 2)
     # The writer shuffles: each of theirs is one of ours. PIL rounds twice, the loader once.
     found = [np.abs(ours.astype(float) - image.astype(float)).mean((1, 2, 3)) for image in theirs.numpy()]
     assert sorted(int(distances.argmin()) for distances in found) == list(range(6))
@@ -101,7 +101,7 @@ def test_class_names() -> None:
 
 
 def test_images_are_found_in_order_and_faulty_ones_named(photos: Path, tmp_path: Path) -> None:
-    found = find_images([photos / "class_1", photos / "class_0" / "0002.jpg"])
+    found = find_images([photos / "class_1", photos / "class_0" / "0002.jpg"]).files
     assert [str(file.relative_to(photos)) for file in found] == [
         *("class_1/0000.jpg", "class_1/0001.jpg", "class_1/0002.jpg", "class_0/0002.jpg")
     ]

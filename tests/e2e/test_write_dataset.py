@@ -80,7 +80,7 @@ def test_interrupted_twice_the_same_command_ends_it(tmp_path: Path) -> None:
     photo(np.random.default_rng(0), (1200, 900)).save(original)
     (tmp_path / "images" / "one").mkdir(parents=True)
     for number in range(160):
-        (tmp_path / "images" / "one" / f"{number}.jpg").symlink_to(original)
+        (tmp_path / "images" / "one" / f"{number}.jpg").hardlink_to(original)
     target = tmp_path / "out" / "train.beton"
     partial = target.with_name("train.beton.partial")
     arguments = ["data=folder", f"data.dir={tmp_path / 'out'}", f"source.train={tmp_path / 'images'}", "splits=[train]"]

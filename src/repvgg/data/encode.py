@@ -4,8 +4,10 @@ Imports little: every worker process of the writer starts with this module.
 """
 
 import ctypes
+import errno
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from repvgg.data.sources import ImageSource, Sample
 
@@ -161,13 +165,33 @@ def _frame_header(content: bytes) -> tuple[int, int, list[tuple[int, int]]] | No
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode to RGB; transparent pixels keep the colour stored under them.
 
-    16-bit gray is scaled to 8 bit first: PIL would clip everything above 255 to white.
+    Gray of 16 bits is scaled to 8: PIL would clip everything above 255 to white.
+
+    Raises:
+        ValueError: gray of 32 bits, of which no file says what is white.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _gray(np.asarray(image), getattr(image, "tag_v2", {})).convert("RGB")
+    if image.mode == "I" and image.format == "PPM":  # PIL has scaled it to 0 … 65535, whatever its largest value
+        return _gray(np.asarray(image), {}).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "whole numbers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(
+            f"its pixels are {kind} of 32 bits (PIL's mode {image.mode}), and nothing says which of them is white: "
+            "store it as gray of 8 or 16 bits"
+        )
+    if image.mode == "La":  # PIL has no direct way
+        image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")  # PIL warns about the direct way
     return image.convert("RGB")
+
+
+def _gray(levels: NDArray[Any], tags: Mapping[int, Any]) -> Image.Image:
+    """Levels of 16 bits, or of as many as a TIFF's tags say, as gray of 8; PIL does not mind that 0 is white there."""
+    bits, zero_is_white = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+    gray = (levels >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - gray if zero_is_white else gray)
 
 
 def encode(sample: Sample, options: WriteOptions, *, as_jpeg: bool) -> Encoded | Bad:
@@ -194,12 +218,18 @@ def _encode(sample: Sample, options: WriteOptions, *, as_jpeg: bool) -> Encoded 
             image.load()
         except MemoryError:
             raise
+        except UnidentifiedImageError:
+            reason = f"does not decode: it is of no format that is read here ({', '.join(FORMATS)}), or cut short"
+            return Bad(name, reason, skippable=True)
         except Exception as error:  # PIL's parsers of broken files raise whatever they stumble over
             return Bad(name, f"does not decode: {type(error).__name__}: {error}", skippable=True)
         # PIL says nothing of libjpeg's warnings. ImageNet has images of this kind, which everybody trains with.
         if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not decodes(content, height, width):
             damaged = name
-    image = to_rgb(image)
+    try:
+        image = to_rgb(image)
+    except ValueError as error:
+        return Bad(name, f"cannot be stored: {error}", skippable=True)
     size = options.stored_size(*image.size)
     if max(size) > LARGEST_SIDE:
         return _too_large(name, f"{size[0]}×{size[1]} pixels; a record has at most {LARGEST_SIDE} on a side")
@@ -237,9 +267,14 @@ def encode_chunk(source: ImageSource, indices: list[int], options: WriteOptions,
     for index in indices:
         try:
             sample = source[index]
+        except OSError as error:
+            # Of a file that is named, not of this process.
+            of_a_file = error.filename is not None and error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+            name = os.fsdecode(error.filename) if of_a_file else f"sample {index}"
+            outcome: Encoded | Bad = Bad(name, f"cannot be read: {error.strerror or error}", skippable=of_a_file)
         except Exception as error:
             reason = f"cannot be read: {type(error).__name__}: {error}"
-            outcome: Encoded | Bad = Bad(f"sample {index}", reason, skippable=False)
+            outcome = Bad(f"sample {index}", reason, skippable=False)
         else:
             outcome = _wrong_label(sample, len(source.classes)) or encode(
                 sample, options, as_jpeg=options.as_jpeg(seed, index)

@@ -92,6 +92,8 @@ class HuggingFaceFiles(ImageSource):
                 sizes = [len(chunk) for chunk in column.chunks]
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is damaged or not {path.suffix[1:]}: {error}") from error
+        except OSError as error:  # pyarrow's names no file
+            raise ValueError(f"{path} cannot be read: {error}") from error
         if not pa.types.is_integer(column.type) or column.null_count:
             raise ValueError(f"{path}: {self.label_column} must hold whole numbers everywhere, is {column.type}")
         return schema, sizes, column.to_numpy().astype(np.int64)
@@ -159,7 +161,7 @@ def _matching(files: str | Path) -> list[Path]:
     """Sorted; raise ValueError when there are none."""
     folder = Path(files)
     found = list(folder.iterdir()) if folder.is_dir() else [Path(name) for name in glob(str(files))]  # noqa: PTH207
-    chosen = sorted(path for path in found if path.suffix in SUFFIXES)
+    chosen = sorted(path for path in found if path.suffix in SUFFIXES and not path.name.startswith("."))
     if not chosen:
         raise ValueError(
             f"{folder.absolute()}: no {' or '.join(SUFFIXES)} files there. Quote a pattern: "

@@ -4,6 +4,7 @@ Standard library only: the training script looks for its data files before it im
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -79,6 +80,16 @@ def read_manifest(beton: str | Path) -> Manifest:
     return Manifest(**content)
 
 
+def suggested(write_command: str, directory: str | Path) -> str:
+    """The command that writes the files of a directory, with the images of ``train/`` and ``val/`` there, if any."""
+    splits = {split: Path(directory).absolute() / split for split in ("train", "val")}
+    begin, found, _ = write_command.partition(" data.dir=")
+    if not found or not all(folder.is_dir() for folder in splits.values()):
+        return write_command
+    places = {"data.dir": directory, **{f"source.{split}": folder for split, folder in splits.items()}}
+    return " ".join([begin, *(shlex.quote(f"{key}={place}") for key, place in places.items())])
+
+
 def require_files(paths: Mapping[str, str | Path], write_command: str) -> None:
     """Raise DatasetMissingError unless every file exists.
 
@@ -86,10 +97,11 @@ def require_files(paths: Mapping[str, str | Path], write_command: str) -> None:
     """
     missing = {what: Path(path).absolute() for what, path in paths.items() if not Path(path).is_file()}
     if missing:
+        directory = next(iter(missing.values())).parent
         looked_at = "\n".join(f"  {what}: {path}" for what, path in missing.items())
         raise DatasetMissingError(
             f"The data files are not there. Looked for\n{looked_at}\n"
-            f"Write them with\n  {write_command}\n"
+            f"Write them with\n  {suggested(write_command, directory)}\n"
             "or try without a data set of your own: data=digits"
         )
 

@@ -7,7 +7,8 @@ and Arrow files in `huggingface`.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+from repvgg.data.folders import IMAGE_SUFFIXES, kinds, list_images
+
 SIZES_LOOKED_AT = 1000
 
 
@@ -41,13 +43,21 @@ class ImageSource(ABC):
     """For readers, where `classes` are mere codes."""
     chunk: int = 32
     """Samples that a worker reads in one go."""
+    not_read: Mapping[str, int] = {}
+    """How many files of which kind lie there besides, and are no images to it."""
+    unreadable: Sequence[tuple[str, str]] = ()
+    """Names of what should be images and cannot be listed, and why: `on_bad` says what becomes of them."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Read a sample; do not decode it. Whatever is raised here ends the writing."""
+        """Read a sample; do not decode it.
+
+        An OSError that names its file counts as an image that does not decode; all else that is raised here ends the
+        writing.
+        """
 
     def order(self, seed: int) -> NDArray[np.int64]:
         """The samples in the order of the records: shuffled, so that neighbours are not all of one class."""
@@ -125,29 +135,40 @@ def digits(split: Literal["train", "val"], image_size: int = 32, val_fraction: f
 
 
 class ImageFolder(ImageSource):
-    """`root/<class>/**/<image>`: one folder per class, classes and files in sorted order (ImageNet's layout)."""
+    """`root/<class>/**/<image>`: one folder per class, classes and files in sorted order (ImageNet's layout).
+
+    See :func:`repvgg.data.folders.list_images` for what is passed over.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.description = f"image folder {self.root.absolute()}"
         if not self.root.is_dir():
             raise ValueError(f"{self.root.absolute()} is not a folder. It should hold one folder per class.")
-        self.classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        listed = list_images(self.root)
+        self.classes, self.unreadable = listed.folders, listed.unreadable
         if not self.classes:
-            raise ValueError(f"{self.root.absolute()} holds no folders. It should hold one folder per class.")
-        names: list[str] = []
-        labels: list[int] = []
-        for label, folder in enumerate(self.classes):
-            images = sorted(_images_below(self.root / folder), key=lambda name: name.split(os.sep))  # noqa: PTH206
-            if not images:
-                raise ValueError(
-                    f"{(self.root / folder).absolute()} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
-                )
-            names += [os.path.join(folder, name) for name in images]  # noqa: PTH118 - a million Path objects are slow
-            labels += [label] * len(images)
+            why = "".join(f" {path} {reason}." for path, reason in self.unreadable[:1])
+            raise ValueError(f"{self.root.absolute()} holds no folders. It should hold one folder per class.{why}")
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        # An image beside the class folders has no class.
+        inside = [name for name in listed.images if os.sep in name]
+        beside = [os.path.splitext(name)[1].lower() for name in listed.images if os.sep not in name]  # noqa: PTH122
         # One array: it travels to every worker.
-        self._names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array(labels, dtype=np.int64)
+        self._names = np.array([os.fsencode(name) for name in inside])
+        self.labels = np.array([label_of[name.partition(os.sep)[0]] for name in inside], dtype=np.int64)
+        self.not_read = Counter(f"{suffix} outside of a class folder" for suffix in beside)
+        for counted in listed.not_read.values():
+            self.not_read.update(counted)
+        empty = sorted(set(self.classes) - {self.classes[label] for label in np.unique(self.labels)})
+        if empty:
+            folder = self.root / empty[0]
+            there = kinds(listed.not_read[empty[0]])
+            why = "".join(f" {path} {reason}." for path, reason in self.unreadable if Path(path).is_relative_to(folder))
+            raise ValueError(
+                f"{folder.absolute()} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+                f"{f', but {there}' if there else ''}.{why}"
+            )
 
     def name(self, index: int) -> str:
         """Path below the root."""
@@ -167,18 +188,15 @@ class ImageFolder(ImageSource):
     def total_bytes(self) -> int:
         """Extrapolated from at most 1000 files: each costs a question to the file system."""
         looked_at = np.linspace(0, len(self) - 1, min(len(self), SIZES_LOOKED_AT)).astype(np.int64)
-        return round(np.mean([(self.root / self.name(int(i))).stat().st_size for i in looked_at]) * len(self))
+        return round(np.mean([_size(self.root / self.name(int(i))) for i in looked_at]) * len(self))
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Relative names; links to folders are followed, as torchvision's ImageFolder does."""
-    prefix = len(str(folder)) + 1
-    return [
-        os.path.join(parent, name)[prefix:]  # noqa: PTH118
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
-    ]
+def _size(path: Path) -> int:
+    """In bytes; 0 for what is no longer there, which will be named when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def require_same_classes(train: ImageSource, val: ImageSource) -> None:

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 OnBad = Literal["stop", "skip"]
 
-REVISION = 1
+REVISION = 2
 """To be raised when the same request gives other bytes: no file is begun by one revision and ended by another."""
 WORTH_WORKERS = 2000
 """With fewer images than this, starting processes takes longer than encoding."""
@@ -95,6 +95,9 @@ def _write(
 ) -> Manifest:
     if len(source) == 0:
         raise ValueError(f"{source.description} holds no images")
+    unreadable = [Bad(name, reason, skippable=True) for name, reason in source.unreadable]
+    for bad in unreadable:
+        _skip_or_stop(bad, source, on_bad)
     settings, fingerprint = _settings(options, seed), source.fingerprint()
     there = _usable(path, source.description, settings)
     if there is not None and there.source_sha256 == fingerprint and not (there.skipped and on_bad == "stop"):
@@ -129,7 +132,7 @@ def _write(
         source_sha256=fingerprint,
         content_sha256=partial.digest.hexdigest(),
         stored={kind.name.lower(): int(partial.stored_as[kind]) for kind in StoredAs},
-        skipped=partial.skipped,
+        skipped=[*({"name": bad.name, "reason": bad.reason} for bad in unreadable), *partial.skipped],
         damaged=partial.damaged,
         class_words=None if source.class_words is None else list(source.class_words),
         **_counts(records, len(source.classes)),
