@@ -114,6 +114,7 @@ def test_a_folder_goes_on_as_what_it_was_begun(tmp_path: Path, caplog: pytest.Lo
         ("", "~module.compile", "module.compile=None was not there"),
         ("init_from=a.pth", "init_from=b.pth", "init_from=a.pth is b.pth now"),
         ("", "ckpt_path=last.ckpt", "ckpt_path=None is last.ckpt now"),
+        ("trainer.limit_train_batches=1", "trainer.limit_train_batches=1.0", "batches=1 is 1.0 now"),
     ],
 )
 def test_a_key_that_is_on_one_side_is_a_difference(then: str, now: str, says: str) -> None:
@@ -130,7 +131,14 @@ def test_a_key_that_is_on_one_side_is_a_difference(then: str, now: str, says: st
     [
         *("+run.notes=hello", "~callbacks.health", "~callbacks.perf", "+trainer.enable_progress_bar=false", "~logger"),
         *("+trainer.profiler=simple", "bench.batch=4", "quantizer.file=/there/train.beton", "recompute=true"),
-        *("trainer=cpu", "trainer=ddp", "data.check=full", "bench.every_n_epochs=5", "callbacks.perf=null"),
+        *(
+            "trainer=cpu",
+            "trainer=ddp",
+            "data.check=full",
+            "trainer.accumulate_grad_batches=1.0",
+            "bench.every_n_epochs=5",
+            "callbacks.perf=null",
+        ),
     ],
 )
 def test_what_cannot_change_a_result_may_differ_when_a_run_goes_on(harmless: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from repvgg.files import replacing
-from repvgg.influence import flat, is_under, may_differ, names_a_folder
+from repvgg.influence import comparable, flat, is_under, may_differ, names_a_folder
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,11 @@ def require_same(earlier: Identity, config: Mapping[str, Any], overrides: Sequen
     same_commit = _commit(now) is not None and _commit(now) == _commit(then)
     of_versions = [key for key in one_sided if not same_commit and not any(_is_set_by(name, key) for name in typed)]
     both = [key for key in keys if key in then and key in now]
-    differing = [f"{key}={then[key]} is {now[key]} now" for key in both if then[key] != now[key]]
+    differing = [
+        f"{key}={then[key]} is {now[key]} now"
+        for key in both
+        if comparable(key, then[key]) != comparable(key, now[key])
+    ]
     differing += [
         f"{key}={then[key]} is not there now" if key in then else f"{key}={now[key]} was not there"
         for key in one_sided

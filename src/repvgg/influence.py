@@ -158,3 +158,17 @@ def flat(config: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, 
             yield from flat(value, f"{parent}{name}.")
         else:
             yield f"{parent}{name}", value
+
+
+#: Where Lightning takes a whole number for batches and a float for a share: 1 is one batch, 1.0 all of them.
+BATCHES_OR_SHARE = tuple(
+    f"trainer.{name}"
+    for name in ("overfit_batches", "val_check_interval", *(f"limit_{of}_batches" for of in ("train", "val", "test")))
+)
+
+
+def comparable(key: str, value: object) -> object:
+    """A value of a flat config to compare: elsewhere than in `BATCHES_OR_SHARE` 1 and 1.0 are one number."""
+    if key in BATCHES_OR_SHARE and isinstance(value, float):
+        return f"{value:g} of all"
+    return float(value) if type(value) is int and key not in BATCHES_OR_SHARE else value

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from repvgg.influence import flat, is_under, splits_groups
+from repvgg.influence import comparable, flat, is_under, splits_groups
 from repvgg.report import table
 from repvgg.report.runs import Run
 
@@ -267,9 +267,9 @@ def _key(run: Run, ignore: Sequence[str]) -> dict[str, Any]:
 
 
 def flat_items(node: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Dotted keys and their values; whole numbers as floats: 1 and 1.0 are one number, whichever file they are from."""
+    """Dotted keys and their values, such that equal ones are of one type."""
     for name, value in flat(node):
-        yield name, float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        yield name, comparable(name, value)
 
 
 def _know_the_same(keys: Mapping[Run, dict[str, Any]], said: list[str]) -> None:
