@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,26 +129,27 @@ def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tm
 
 def test_the_checkpoint_of_another_network_is_refused(digits: Path, tmp_path: Path) -> None:
     keeper = Checkpoints(str(tmp_path), monitor="val/top1")
-    keeper.choices = CHOICES
+    keeper.config = {"choices": CHOICES}
     run = trainer(tmp_path, [keeper], enable_checkpointing=True)
     module = classifier()
     run.fit(module, datamodule=datamodule(digits))
     last = tmp_path / "last.ckpt"
-    require_continuable(last, CHOICES, module)
+    check = partial(require_continuable, batch_size=64, epochs=9)
+    check(last, CHOICES, module)
     with pytest.raises(ValueError, match=r"is of a run with ablation=full, not ablation=id: add ablation=full to"):
-        require_continuable(last, {**CHOICES, "ablation": "id"}, module)
+        check(last, {**CHOICES, "ablation": "id"}, module)
     other = classifier(tiny(num_classes=7, strides=(1, 2, 2, 2, 1)))
     with pytest.raises(ValueError, match=r"of another network: 2 tensors differ, .* \(10,\) there and \(7,\) here"):
-        require_continuable(last, CHOICES, other)
+        check(last, CHOICES, other)
     with pytest.raises(ValueError, match="there is no file"):
-        require_continuable(tmp_path / "none.ckpt", CHOICES, module)
+        check(tmp_path / "none.ckpt", CHOICES, module)
     weights = tmp_path / "weights.pth"
     torch.save(module.net.state_dict(), weights)
     with pytest.raises(ValueError, match=f"no training to go on with: init_from={weights} begins one"):
-        require_continuable(weights, CHOICES, module)
+        check(weights, CHOICES, module)
     weights.write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged"):
-        require_continuable(weights, CHOICES, module)
+        check(weights, CHOICES, module)
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_it_was_replaced_by(digits: Path, tmp_path: Path) -> None:

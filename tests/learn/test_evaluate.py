@@ -123,7 +123,7 @@ class Bent(ConvBN):
 def test_a_design_without_a_deploy_form_is_evaluated_as_it_was_trained() -> None:
     bent = RepVGG((1, 1, 1, 1), 0.125, 0.0625, [Bent], num_classes=10)
     assert forms_of(bent, "train", None) == {"train_form": bent}
-    with pytest.raises(ValueError, match=r"forms=both: layer 'stem': Bent .*forms=train"):
+    with pytest.raises(ValueError, match=r"forms=both: layer 'stem.branches.0': Bent .*forms=train"):
         forms_of(bent, "train", "both")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,8 +190,7 @@ def test_the_parameter_groups_of_b0_by_name(switches: str) -> None:
     switched, options = SWITCHES[switches]
     with torch.device("meta"):
         module: Classifier = instantiate(config("model=repvgg_b0", *switched).module)
-    module._trainer = SimpleNamespace(estimated_stepping_batches=100, max_epochs=1)  # type: ignore[assignment]
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.make_optimizer(module.parameter_groups(), lr=module.lr)
     official = official_names(module.net.state_dict())
     names = {id(p): official[name] for name, p in module.net.named_parameters()}
     recipe = Recipe(100, **options)

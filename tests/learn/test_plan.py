@@ -102,7 +102,7 @@ def test_a_real_loader_has_as_many_batches(digits: Path, world_size: int, accumu
         ({"limit_train_batches": None}, 2),
         ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, 2),  # the third step of an epoch has one batch
         ({"limit_train_batches": 0.3, "accumulate_grad_batches": 4}, 1),
-        ({"limit_train_batches": 6, "max_steps": 8}, 2),
+        ({"limit_train_batches": 6, "max_steps": 12}, 4),
     ],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -140,6 +140,7 @@ def test_a_real_trainer_takes_as_many_steps(
         ({"epochs": -1}, "max_epochs=-1"),
         ({"epochs": None}, "max_epochs=None"),
         ({"limit": 0.0001}, "limit_train_batches=0.0001"),
+        ({"max_steps": 4}, "max_steps=4 ends within an epoch of 3 steps"),
     ],
 )
 def test_what_cannot_be_planned_is_named(options_of: dict[str, float], says: str) -> None:
@@ -148,8 +149,8 @@ def test_what_cannot_be_planned_is_named(options_of: dict[str, float], says: str
 
 
 def test_steps_alone_may_end_a_training() -> None:
-    plan = schedule(1000, batch_size=100, devices=1, epochs=-1, max_steps=25)
-    assert (plan.steps, plan.epochs, plan.images) == (25, 3, 2500)
+    plan = schedule(1000, batch_size=100, devices=1, epochs=-1, max_steps=30)
+    assert (plan.steps, plan.epochs, plan.images) == (30, 3, 3000)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from repvgg.data.manifest import manifest_path, read_manifest
 from repvgg.learn.module import recompute_blocks
-from repvgg.learn.optim import batch_per_device, fused_l2
+from repvgg.learn.optim import batch_per_device, fused_l2, require_whole_epochs
 from repvgg.model import count_macs, count_parameters, to_deploy
 
 #: Lightning's precisions: dtype of the weights, and of autocast where there is one.
@@ -88,7 +88,8 @@ def schedule(
         max_steps: ``trainer.max_steps``; -1 for no end but ``epochs``.
 
     Raises:
-        ValueError: devices that cannot share a batch, fewer images than a step has, or a training without an end.
+        ValueError: devices that cannot share a batch, fewer images than a step has, a training without an end, or
+            one that ends within an epoch.
     """
     share = batch_per_device(batch_size, devices, accumulate)
     # The loader leaves out what is not a whole step of all ranks: repvgg.data.order.train_order.
@@ -103,19 +104,18 @@ def schedule(
     endless = epochs is None or epochs < 0
     if endless and max_steps < 0:
         raise ValueError(f"trainer.max_epochs={epochs} is a training without an end: give a number of epochs")
-    steps = max_steps if epochs is None or endless else epochs * steps_per_epoch
-    if max_steps >= 0:
-        steps = min(steps, max_steps)
-    whole, rest = divmod(steps, steps_per_epoch)
+    require_whole_epochs(max_steps, steps_per_epoch)
+    limits = [] if epochs is None or endless else [epochs]
+    epochs = min(limits + [max_steps // steps_per_epoch] * (max_steps >= 0))
     return Schedule(
         batch_size=batch_size,
         batch_per_device=share,
         batches_per_epoch=batches,
         steps_per_epoch=steps_per_epoch,
         left_out=samples - batches * share * devices,
-        images=(whole * batches + rest * accumulate) * share * devices,
-        steps=steps,
-        epochs=whole + bool(rest),
+        images=epochs * batches * share * devices,
+        steps=epochs * steps_per_epoch,
+        epochs=epochs,
     )
 
 
