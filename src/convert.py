@@ -15,12 +15,12 @@ from repvgg.checkpoints import Network, load_network, metadata_of
 from repvgg.cli import (
     clear_errors,
     interruptible,
-    key_suggestions,
     prepare_environment,
     quote_paths,
     require_checkpoint,
     typed_of,
 )
+from repvgg.command import answering
 
 if TYPE_CHECKING:
     from torch import dtype, nn
@@ -32,18 +32,13 @@ OWN = ("ckpt", "out", "form", "naming", "fold_dtype", "check", "overwrite", "hyd
 IMAGES, PIXELS, SEED = 4, 64, 0
 
 
-def check(cfg: DictConfig, typed: list[str]) -> None:
+def check(cfg: DictConfig) -> None:
     """Raise ValueError for what is wrong with a command, before anything heavy is imported."""
+    typed = list(HydraConfig.get().overrides.task)
     read = typed_of(typed, (*OF_NETWORK, *OWN))
     if ignored := [override for override in typed if override not in read]:
         raise ValueError(f"{' '.join(ignored)}: a conversion reads only {', '.join(OF_NETWORK)} of train.py")
     require_checkpoint(cfg.ckpt, "convert", "out=FILE")
-    for key, known in {"form": (None, "train", "deploy"), "fold_dtype": ("float64", "float32")}.items():
-        if cfg[key] not in known:
-            raise ValueError(f"{key}={cfg[key]}: choose {' or '.join(filter(None, known))}")
-    for key in ("check", "overwrite"):
-        if not isinstance(cfg[key], bool):
-            raise ValueError(f"{key}={cfg[key]}: choose true or false")
     if cfg.out is not None:
         check_out(Path(cfg.out), Path(cfg.ckpt), cfg.overwrite)
 
@@ -66,7 +61,7 @@ def main(cfg: DictConfig) -> None:
     """Check, then write, or show what is there."""
     with clear_errors():
         typed = list(HydraConfig.get().overrides.task)
-        check(cfg, typed)
+        check(cfg)
 
         # Heavy imports from here on: most wrong commands have been answered by now.
         import torch
@@ -240,6 +235,6 @@ if __name__ == "__main__":
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt"], new=["out"])
     with (
         interruptible("a file is written whole or not at all; the same command begins anew"),
-        key_suggestions("convert", sys.argv[1:]),
+        answering("convert", sys.argv[1:], check),
     ):
         main()

@@ -12,7 +12,6 @@ from repvgg.checkpoints import fitting_choices
 from repvgg.checkpoints import settle as settle_checkpoint
 from repvgg.cli import (
     clear_errors,
-    key_suggestions,
     logged_config,
     no_collections,
     prepare_environment,
@@ -22,6 +21,7 @@ from repvgg.cli import (
     require_read,
     run_group,
 )
+from repvgg.command import answering, require_keywords, require_right_values
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import subject
@@ -33,27 +33,28 @@ log = logging.getLogger("evaluate")
 GROUPS = ("model", "ablation", "data", "trainer", "logger")
 
 
-def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
-    """The config of this evaluation, with what the checkpoint's run says where nothing else was typed; its choices."""
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError for what is wrong with a command, whatever the checkpoint says."""
     typed = list(HydraConfig.get().overrides.task)
     require_read(typed, "evaluate")
     require_checkpoint(cfg.ckpt, "evaluate")
-    if cfg.forms not in (None, "both", "train", "deploy"):
-        raise ValueError(f"forms={cfg.forms}: choose both, train or deploy")
     if cfg.int8 is not None:
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
         if cfg.forms == "train":
             raise ValueError(
                 f"int8={cfg.int8} quantizes the deploy form, which forms=train leaves out: choose forms=both or deploy"
             )
-    for name in ("resolution", "resize", "batch_size"):
-        value = cfg[name]
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value} must be a whole number of at least 1")
     if cfg.resolution and cfg.resize and cfg.resize < cfg.resolution:
         raise smaller(cfg.resize, cfg.resolution)
+
+
+def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
+    """The config of this evaluation, with what the checkpoint's run says where nothing else was typed; its choices."""
+    check(cfg)
+    typed = list(HydraConfig.get().overrides.task)
     settled = settle_checkpoint("evaluate", cfg.ckpt, typed)
     cfg, choices = settled.cfg, {group: settled.choices[group] for group in GROUPS}
+    require_right_values("evaluate", cfg, settled.choices)
     if settled.origin:
         log.info(settled.origin)
 
@@ -103,6 +104,7 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.model import load_weights, read_weights, to_deploy
         from repvgg.report import evaluation as report
 
+        require_keywords(cfg, "net", "block", "data", "trainer", "logger", "quantizer", "datamodule")
         set_tf32(cfg.tf32)
         quiet_lightning()
         cfg.run.name = cfg.run.name or f"{subject(choices)}-eval"
@@ -159,5 +161,5 @@ def main(cfg: DictConfig) -> float | None:
 if __name__ == "__main__":
     prepare_environment()
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt"])
-    with key_suggestions("evaluate", sys.argv[1:]):
+    with answering("evaluate", sys.argv[1:], check):
         main()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,12 @@ from omegaconf import DictConfig, ListConfig
 from repvgg.cli import (
     clear_errors,
     interruptible,
-    key_suggestions,
     prepare_environment,
     quote_paths,
     require_checkpoint,
     require_read,
 )
+from repvgg.command import answering, require_right_values
 from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 
@@ -37,23 +37,13 @@ WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript"), "pt2": ()
 BATCH = 32
 
 
-def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
+def check(cfg: DictConfig) -> tuple[str, Path]:
     """What can be wrong before anything is imported; the format and the file to write."""
+    typed = list(HydraConfig.get().overrides.task)
     require_read(typed, "export")
     require_checkpoint(cfg.ckpt, "export")
-    if cfg.form not in (None, "train", "deploy"):
-        raise ValueError(f"form={cfg.form}: choose train or deploy, or null for the checkpoint's")
-    if cfg.check not in ("data", "random"):
-        raise ValueError(f"check={cfg.check}: choose data or random, or give check_images=PATH")
     if cfg.check == "random" and cfg.check_images is not None:
         raise ValueError("check=random and check_images are two ways to check: give one of them")
-    for name in ("dynamic_size", "normalize"):
-        if not isinstance(cfg[name], bool):
-            raise ValueError(f"{name}={cfg[name]}: choose true or false")
-    if not isinstance(cfg.images, int) or isinstance(cfg.images, bool) or cfg.images < 1:
-        raise ValueError(f"images={cfg.images} must be a whole number of at least 1")
-    if not isinstance(cfg.tolerance, int | float) or not cfg.tolerance > 0:
-        raise ValueError(f"tolerance={cfg.tolerance} must be a positive number")
     if not {"size", "ratio"} <= set(cfg.data.val_transform):
         raise ValueError(
             f"data.val_transform={cfg.data.val_transform.get('_target_')}: an exported file describes a CenterCrop, of "
@@ -145,7 +135,9 @@ def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Te
     size = preprocessing.crop
     if cfg.check == "random":
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (cfg.images, 3, size, size), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (cfg.images, cfg.net.in_channels, size, size), generator=generator, dtype=torch.uint8
+        )
         return list(pixels.split(BATCH)), f"{cfg.images} images of random pixels, not of real images"
     if cfg.check_images is not None:
         from repvgg.data.pictures import find_images, open_image
@@ -254,7 +246,7 @@ def main(cfg: DictConfig) -> None:
     """Check, build, write, compare."""
     with clear_errors():
         typed = list(HydraConfig.get().overrides.task)
-        to, out = check(cfg, typed)
+        to, out = check(cfg)
         runtimes = usable_runtimes(cfg, to)
 
         # Heavy imports from here on: a wrong command has been answered by now.
@@ -267,6 +259,7 @@ def main(cfg: DictConfig) -> None:
 
         network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
         cfg = network.settled.cfg
+        require_right_values("export", cfg, network.settled.choices)
         if network.settled.origin:
             print(network.settled.origin)
         crop: Any = cfg.data.val_transform
@@ -314,5 +307,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     prepare_environment()
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt", "out", "classes", "check_images"])
-    with interruptible("no file is left; the same command begins anew"), key_suggestions("export", sys.argv[1:]):
+    with interruptible("no file is left; the same command begins anew"), answering("export", sys.argv[1:], check):
         main()

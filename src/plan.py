@@ -12,7 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig
 
-from repvgg.cli import clear_errors, interruptible, key_suggestions, no_collections, prepare_environment, quote_paths
+from repvgg.cli import clear_errors, interruptible, no_collections, prepare_environment, quote_paths
+from repvgg.command import answering, require_keywords
 from repvgg.data.manifest import manifest_path, number_of_classes
 from repvgg.files import replacing
 from repvgg.identity import subject
@@ -32,10 +33,15 @@ OUT: list[str | None] = []
 def main(cfg: DictConfig) -> None:
     """Count; of a sweep, once for every run."""
     with clear_errors():
-        if cfg.out is not None and not Path(cfg.out).absolute().parent.is_dir():
-            raise ValueError(f"out={cfg.out}: there is no directory {Path(cfg.out).absolute().parent}")
+        check(cfg)
         PLANS.append(plan(cfg))
         OUT.append(cfg.out)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError for a file that cannot be written."""
+    if cfg.out is not None and not Path(cfg.out).absolute().parent.is_dir():
+        raise ValueError(f"out={cfg.out}: there is no directory {Path(cfg.out).absolute().parent}")
 
 
 def plan(cfg: DictConfig) -> "Plan":
@@ -51,6 +57,7 @@ def plan(cfg: DictConfig) -> "Plan":
         from repvgg.learn import plan as count
         from repvgg.learn.optim import parameter_groups, scaled_lr
 
+    require_keywords(cfg)
     count.precision_dtypes(trainer.precision)
     train, val = (split(cfg, name) for name in ("train", "val"))
     if train.images is None:
@@ -233,7 +240,7 @@ if __name__ == "__main__":
             arguments += ["hydra/launcher=basic", f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
             arguments += ["hydra/hydra_logging=disabled", "~hydra.callbacks.summary"]
         sys.argv[1:] = arguments
-        with key_suggestions("plan", arguments):
+        with answering("plan", arguments, check):
             main()
         if PLANS:
             show(typed)

@@ -6,9 +6,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, ListConfig
 
-from repvgg.cli import clear_errors, interruptible, key_suggestions, prepare_environment, quote_paths
-
-TARGETS = ("page", "wandb")
+from repvgg.cli import clear_errors, interruptible, prepare_environment, quote_paths
+from repvgg.command import answering
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="report")
@@ -17,8 +16,6 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         if cfg.runs is None or cfg.runs == []:
             raise ValueError("runs=PLACE is missing: where the runs are, as in\n  python src/report.py runs=multirun")
-        if cfg.target not in TARGETS:
-            raise ValueError(f"target={cfg.target}: choose {' or '.join(TARGETS)}")
         places = [str(place) for place in (cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs])]
         out = Path(cfg.out) if cfg.out is not None else default_out(places)
 
@@ -54,5 +51,5 @@ def default_out(places: list[str]) -> Path:
 if __name__ == "__main__":
     prepare_environment()
     sys.argv[1:] = quote_paths(sys.argv[1:], ["runs", "out"])
-    with interruptible("the same command makes the report anew"), key_suggestions("report", sys.argv[1:]):
+    with interruptible("the same command makes the report anew"), answering("report", sys.argv[1:]):
         main()

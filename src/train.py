@@ -24,7 +24,6 @@ from repvgg.cli import (
     OBJECTIVE,
     clear_errors,
     finished_before,
-    key_suggestions,
     logged_config,
     no_collections,
     prepare_environment,
@@ -32,10 +31,11 @@ from repvgg.cli import (
     recorded,
     run_group,
 )
+from repvgg.command import answering, require_keywords
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.deploy.int8_options import require_int8
 from repvgg.git import git_sha
-from repvgg.identity import Identity, changes, claim, plain, require_typed_id, run_name
+from repvgg.identity import Identity, changes, claim, plain, require_typed_id, run_name, with_drawn_seed
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -51,8 +51,9 @@ def check(cfg: DictConfig) -> None:
     if missing:
         recipe = HydraConfig.get().runtime.choices["recipe"]
         raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
-    if cfg.init_from is not None and not Path(cfg.init_from).is_file():
-        raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
+    for key in ("init_from", "ckpt_path"):
+        if cfg[key] is not None and not Path(cfg[key]).is_file():
+            raise ValueError(f"{key}={cfg[key]}: there is no file {Path(cfg[key]).absolute()}")
     if cfg.int8 is not None:
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
     if cfg.data.prepare is None:
@@ -128,6 +129,7 @@ def main(cfg: DictConfig) -> float | None:
         from repvgg.learn.run import describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
 
+        require_keywords(cfg)
         check_batchnorm(cfg.batchnorm, cfg.trainer.accelerator, cfg.trainer.devices)
         set_tf32(cfg.tf32)
         quiet_lightning()
@@ -182,6 +184,7 @@ if __name__ == "__main__":
     prepare_environment()
     with clear_errors():
         require_typed_id(sys.argv[1:])
+    sys.argv[1:] = with_drawn_seed(sys.argv[1:])
     sys.argv[1:] = quote_paths(sys.argv[1:], ["ckpt_path", "init_from"])
-    with key_suggestions("train", sys.argv[1:]):
+    with answering("train", sys.argv[1:], check):
         main()

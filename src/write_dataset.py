@@ -8,7 +8,8 @@ import hydra
 import hydra.utils
 from omegaconf import DictConfig
 
-from repvgg.cli import clear_errors, key_suggestions, prepare_environment
+from repvgg.cli import clear_errors, prepare_environment
+from repvgg.command import answering
 from repvgg.data.manifest import suggested
 
 FLAGS = {"--verify": "verify=true", "--adopt": "adopt=true"}
@@ -92,7 +93,7 @@ if __name__ == "__main__":
     sys.argv[1:] = [FLAGS.get(argument, argument) for argument in sys.argv[1:]]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        with key_suggestions("write_dataset", sys.argv[1:]):
+        with answering("write_dataset", sys.argv[1:]):
             main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -5,27 +5,25 @@ Imports nothing heavy: a mistyped command must answer at once.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from repvgg.identity import key_of, on_data
+from repvgg.identity import is_free, key_of, on_data
 from repvgg.influence import UNREAD, is_under
+from repvgg.slurm import is_first_rank
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -95,10 +93,13 @@ def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None
         yield
     except Exception as error:
         cause: BaseException = error
+        node = ""
         # Hydra wraps what a constructor raises.
         while type(cause).__name__ == "InstantiationException" and cause.__cause__ is not None:
+            node = str(cause).partition("full_key: ")[2].strip() or node
             cause = cause.__cause__
-        wrong_input = isinstance(cause, ValueError) or type(cause).__name__ in (
+        refused = (ValueError, TypeError, ImportError) if node else ValueError
+        wrong_input = isinstance(cause, refused) or type(cause).__name__ in (
             "InstantiationException",
             "MisconfigurationException",
         )
@@ -106,8 +107,42 @@ def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None
         exit_code = getattr(cause, "exit_code", WRONG_INPUT if wrong_input and setting_up() else None)
         if exit_code is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"error: {cause}", file=sys.stderr)
+        # What this repository refuses names the key.
+        of_node = f"{node}: " if node and not _is_raised_here(cause) else ""
+        print(f"error: {of_node}{cause}", file=sys.stderr)
+        if exit_code == WRONG_INPUT:
+            _remove_new_folder()
         sys.exit(exit_code)
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether one of our own lines says ``raise``, and not something that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and bool(frames) and frames[-1].filename.startswith(str(ROOT / "src"))
+
+
+_new_folder: list[Path] = []
+
+
+def folder_to_be(directory: Path) -> None:
+    """Remember the folder that Hydra is about to make for a single run, and the parents that it lacks.
+
+    :func:`clear_errors` removes them again if the command proves to be wrong later.
+    """
+    in_a_sweep, first = "MULTIRUN_DIR" in os.environ, is_first_rank()
+    _new_folder[:] = [] if in_a_sweep or not first else [d for d in (directory, *directory.parents) if not d.exists()]
+
+
+def _remove_new_folder() -> None:
+    """Remove what the command has made, unless another process trains there by now."""
+    if not _new_folder or not is_free(_new_folder[0]):
+        return
+    logging.shutdown()  # the job's log is in it
+    shutil.rmtree(_new_folder[0], ignore_errors=True)
+    for parent in _new_folder[1:]:
+        with suppress(OSError):  # another run's is in it
+            parent.rmdir()
+    _new_folder.clear()
 
 
 @contextmanager
@@ -189,50 +224,6 @@ def interruptible(left: str) -> Iterator[None]:
 def options(group: str) -> list[str]:
     """The options of a group of conf/."""
     return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-@contextmanager
-def key_suggestions(config_name: str, arguments: list[str]) -> Iterator[None]:
-    """After Hydra has refused an override because of an unknown key, say which keys there are.
-
-    Hydra itself lists the options of a group, but not the keys of a node.
-    """
-    try:
-        yield
-    except SystemExit as stopped:
-        if stopped.code == 1:
-            overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-            suggestion = _suggest_key(config_name, overrides)
-            if suggestion:
-                print(suggestion, file=sys.stderr)
-        raise
-
-
-def _suggest_key(config_name: str, overrides: list[str]) -> str | None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        try:
-            compose(config_name, overrides=overrides, return_hydra_config=True)
-        except OverrideParseException:  # Hydra has said where
-            return None
-        except ConfigCompositionException as error:
-            if not isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
-                return None
-            key = str(error.__cause__.full_key)
-        else:
-            return None
-        groups = [o for o in overrides if not o.lstrip("+~").startswith(key)]
-        try:
-            node: Any = compose(config_name, overrides=[o for o in groups if "." not in o.split("=")[0]])
-        except ConfigCompositionException:
-            return None
-    parent, _, leaf = key.rpartition(".")
-    known = list(OmegaConf.select(node, parent) if parent else node)
-    close = difflib.get_close_matches(leaf, known, n=1)
-    meant = f"Did you mean {'.'.join(filter(None, [parent, close[0]]))}? " if close else ""
-    if key in NODE_OF_GROUP:
-        meant = f"{key} is chosen with {key}=…, its values are set with {NODE_OF_GROUP[key]}.…=…. "
-    return f"error: there is no {key}. {meant}Keys of {parent or 'the config'}: {', '.join(map(str, known))}"
 
 
 def run_group(choices: Mapping[str, str], experiment: str | None) -> str | None:

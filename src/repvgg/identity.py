@@ -101,6 +101,20 @@ def require_typed_id(arguments: Sequence[str]) -> None:
                 raise ValueError(f"{argument} names one run, and -m starts several: name hydra.sweep.dir= instead")
 
 
+def with_drawn_seed(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a number in the place of `seed=null`, so that a run's folder, name and records have it.
+
+    Neither of a sweep, which would change its folder, nor in one of several processes, which would draw another.
+    """
+    sweep = {"-m", "--multirun"} & set(arguments)
+    several = sweep or "RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") != "1"
+    if "seed=null" not in arguments or several:
+        return list(arguments)
+    seed = f"seed={secrets.randbelow(2**32)}"
+    print(f"seed=null: drawn is {seed}, with which the same command goes on")
+    return [seed if argument == "seed=null" else argument for argument in arguments]
+
+
 def require_id(name: str) -> str:
     """Raise ValueError unless a name can be a folder's and a W&B run's."""
     if not ID.fullmatch(name):
@@ -236,6 +250,12 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _locks: dict[Path, Any] = {}
+
+
+def is_free(directory: Path) -> bool:
+    """Whether no other process has claimed the directory."""
+    path = (directory / LOCK).resolve()
+    return path in _locks or not path.exists()
 
 
 def _lock(directory: Path) -> None:

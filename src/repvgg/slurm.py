@@ -32,7 +32,7 @@ def slurm_job() -> str:
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 
 
-def _is_first() -> bool:
+def is_first_rank() -> bool:
     """Of all ranks, whoever started them."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
@@ -46,7 +46,7 @@ def requeue() -> bool:
     """
     if not under_slurm():
         return False
-    if not _is_first():
+    if not is_first_rank():
         return True
     job = slurm_job()
     try:

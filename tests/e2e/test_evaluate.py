@@ -225,7 +225,7 @@ def test_a_training_begins_with_the_weights_of_a_file(
             ["quantizer.method=max: int8=torch"],
         ),
         ("evaluate", ["ckpt={train}", "int8=torch", "forms=train"], ["forms=train leaves out: choose forms=both"]),
-        ("train", ["int8=true"], ["int8=True: choose onnxruntime or torch"]),
+        ("train", ["int8=true"], ["int8=true: choose onnxruntime or torch"]),
         ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
         ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
     ],
@@ -236,11 +236,11 @@ def test_a_wrong_input_gets_one_clear_error(
 ) -> None:
     typed = [argument.format(**official) for argument in arguments]
     done = python(script, *typed, f"hydra.run.dir={tmp_path / 'run'}", check=False)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     for words in says:
         assert words in done.stderr, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("ablation", ["id", "full"])

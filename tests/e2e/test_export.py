@@ -172,9 +172,9 @@ def test_ctrl_c_leaves_nothing(checkpoint: Path, data: list[str], tmp_path: Path
 def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:
     done = export(f"ckpt={checkpoint}", "to=tflite", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: to=tflite: choose to=onnx or to=pt2, and a file that ends so\n"
+    assert done.stderr == "error: to=tflite: choose onnx, pt2 or null\n"
     done = export(f"ckp={checkpoint}", check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Did you mean ckpt?" in done.stderr
 
 
@@ -188,12 +188,12 @@ def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:
         (["out=/none/net.onnx"], "out=/none/net.onnx: /none is no directory"),
         (["out={folder}"], "folder.onnx cannot be written"),
         (["form=fused"], "form=fused: choose train or deploy"),
-        (["check=some"], "check=some: choose data or random, or give check_images=PATH"),
+        (["check=some"], "check=some: choose data or random"),
         (["check_images=/none"], "check_images=/none: there is no such file"),
         (["classes=/none"], "classes=/none: there is no such file"),
         (["check=random", "check_images=/"], "two ways to check"),
         (["images=0"], "images=0 must be a whole number of at least 1"),
-        (["tolerance=0"], "tolerance=0 must be a positive number"),
+        (["tolerance=0"], "tolerance=0 must be a number above 0"),
         (["normalize=3"], "normalize=3: choose true or false"),
         (["runtimes=[tvm]"], "runtimes=['tvm']: with to=onnx choose from onnxruntime, openvino"),
         (["recipe.lr=1"], "recipe.lr=1: export.py does not read recipe (how"),

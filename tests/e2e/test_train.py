@@ -157,7 +157,7 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
         (["model=repvgg_b9"], ["repvgg_b1g4", "repvgg_d2se"]),
         (["ablation=1x2"], ["1x1", "plain"]),
         (["data=digits", "trainer.max_epoch=3"], ["Did you mean trainer.max_epochs?", "accumulate_grad_batches"]),
-        (["data=digits", "recipy.lr=3"], ["Did you mean recipe", "Keys of the config"]),
+        (["data=digits", "recipy.lr=3"], ["Did you mean recipe.lr?", "Keys of recipe: epochs"]),
         (["data=digits", "trainer.devices=8"], ["8 GPUs", "trainer=cpu"]),
         (["data=digits", "trainer=cpu", "trainer.precision=bf17"], ["bf17", "bf16-mixed"]),
         heavy(
@@ -180,11 +180,11 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
 def test_a_wrong_input_gets_one_clear_error(arguments: list[str], says: list[str], tmp_path: Path) -> None:
     missing = ["data.dir=" + str(tmp_path / "none")] if "data=digits" not in arguments else []
     done = train(*arguments, *missing, f"hydra.run.dir={tmp_path / 'run'}", check=False)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     for words in says:
         assert words in done.stderr, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.wandb"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,11 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-#: Lightning's names, its aliases after them.
-PRECISIONS = (
-    *("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
-    *("transformer-engine", "transformer-engine-float16", "32", "16", "bf16", "64"),
-)
 HALF_ON_GPU_ONLY = ("16-mixed", "16-true", "16")
 
 
@@ -18,11 +13,9 @@ def require_devices(accelerator: str, devices: int | str | Sequence[int], precis
     """Refuse what would otherwise fail late or run as something else.
 
     Raises:
-        ValueError: a precision that is none, more GPUs than there are, or float16 on a CPU, where Lightning would
+        ValueError: more GPUs than there are, or float16 on a CPU, where Lightning would
             quietly take bfloat16.
     """
-    if str(precision) not in PRECISIONS:
-        raise ValueError(f"trainer.precision={precision}: choose {', '.join(PRECISIONS[:6])}")
     if accelerator == "cpu":
         if str(precision) in HALF_ON_GPU_ONLY:
             raise ValueError(
