@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from repvgg.checkpoints import fitting_choices
@@ -43,8 +44,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("train")
 
 
+def require_objective(cfg: DictConfig, sweeper: DictConfig) -> None:
+    """Raise ValueError where a sweeper that searches, such as Optuna's, would get no value of a run, or needs two."""
+    if str(sweeper._target_).endswith("BasicSweeper"):
+        return
+    direction = str(sweeper.get("direction", "maximize")).rpartition(".")[2]
+    if direction != "maximize":
+        raise ValueError(
+            f"hydra.sweeper.direction={direction}: a run has one value, {OBJECTIVE}, of which more is better. Give "
+            "hydra.sweeper.direction=maximize"
+        )
+    without = [f"callbacks.{name}" for name in ("checkpoints", "two_forms") if cfg.callbacks.get(name) is None]
+    if cfg.trainer.get("fast_dev_run"):
+        raise ValueError(f"trainer.fast_dev_run={cfg.trainer.fast_dev_run}: a dry run has no {OBJECTIVE} to search by")
+    if without:
+        raise ValueError(f"{OBJECTIVE}, which the sweeper searches by, needs {' and '.join(without)}: switch it on")
+
+
 def check(cfg: DictConfig) -> None:
     """Raise ValueError for what is wrong with a command, and say how many classes its data has."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        require_objective(cfg, HydraConfig.get().sweeper)
     if cfg.init_from is not None and cfg.ckpt_path is not None:
         raise ValueError("init_from begins a run with a file's weights, ckpt_path continues one: give one of them")
     missing = [key for key in cfg.required if cfg[key] is None and cfg.ckpt_path is None]
@@ -56,6 +76,11 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={cfg[key]}: there is no file {Path(cfg[key]).absolute()}")
     if cfg.int8 is not None:
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
+    if cfg.recipe.warmup_epochs >= cfg.trainer.max_epochs:
+        raise ValueError(
+            f"recipe.warmup_epochs={cfg.recipe.warmup_epochs} does not fit into trainer.max_epochs="
+            f"{cfg.trainer.max_epochs}: lower it, or train longer"
+        )
     if cfg.data.prepare is None:
         files = {"train": cfg.data.train_file, "val": cfg.data.val_file}
         require_files(files, cfg.data.write_command)

@@ -15,10 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from e2e.test_train import SMALL
-from repvgg.cli import NODE_OF_GROUP
+from repvgg.cli import NODE_OF_GROUP, prepare_environment
 from support.wandb_server import WandbServer, client
+from train import require_objective
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # optuna 2.10's, of SQLAlchemy
@@ -311,3 +313,26 @@ def test_optuna_gets_what_the_runs_record(digits: Path, tmp_path: Path) -> None:
     assert records[0]["config"]["recipe"]["lr"] != records[1]["config"]["recipe"]["lr"]
     assert "Study name: bayes" in done.stdout + done.stderr
     assert (tmp_path / "summary.md").is_file()
+
+
+# --- what a searching sweeper needs of every run ---
+
+
+@pytest.mark.parametrize(
+    ("sweeper", "overrides", "says"),
+    [
+        ({"direction": ["maximize", "minimize"]}, [], "a run has one value, test/deploy/top1"),
+        ({"direction": "minimize"}, [], "Give hydra.sweeper.direction=maximize"),
+        ({}, ["callbacks.two_forms=null"], "needs callbacks.two_forms: switch it on"),
+        ({}, ["~callbacks.checkpoints"], "needs callbacks.checkpoints: switch it on"),
+        ({}, ["+trainer.fast_dev_run=2"], "trainer.fast_dev_run=2: a dry run has no test/deploy/top1"),
+    ],
+)
+def test_a_search_without_one_value_to_maximise_is_refused(sweeper: dict, overrides: list[str], says: str) -> None:
+    prepare_environment()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["output_dir=/nowhere", *overrides])
+    optuna = {"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper", "direction": "maximize"}
+    with pytest.raises(ValueError, match=says):
+        require_objective(cfg, OmegaConf.create({**optuna, **sweeper}))
+    require_objective(cfg, OmegaConf.create({"_target_": "hydra._internal.BasicSweeper"}))  # a grid needs none

@@ -180,7 +180,8 @@ def recorded(
                 write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
         finally:  # after the record, since W&B may have to be waited for; without one too, where the disk is full
             close_loggers(trainer, metrics, exit_code, preempted=exit_code not in (0, 1, 130))
-        if trainer.is_global_zero:
+        # A wrong value that is found by setting up the training is answered by its error alone.
+        if trainer.is_global_zero and (status != "failed" or trainer.global_step > 0):
             said = {"interrupted": f"interrupted by {error}", "dry run": f"was a dry run ({error})"}.get(status, status)
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 

@@ -100,9 +100,16 @@ def _left_to(other: str) -> Rule:
     return Rule(f"left to {other}", lambda _: False)
 
 
-_SHARE_OR_COUNT = Rule(
-    "a whole number of batches, a share from 0.0 to 1.0, or null",
-    lambda value: value is None or whole(0).holds(value) or (isinstance(value, float) and 0 <= value <= 1),
+_LIMIT = Rule(
+    "a whole number of batches, a share above 0.0 and of at most 1.0, or null",
+    lambda value: value is None or whole(1).holds(value) or (isinstance(value, float) and 0 < value <= 1),
+)
+#: Callbacks of Lightning that would train with other values than those that the run records.
+_CHANGE_THE_RECIPE = ("LearningRateFinder", "BatchSizeFinder", "GradientAccumulationScheduler")
+_CALLBACK = Rule(
+    f"null or a node with a _target_, but for {', '.join(_CHANGE_THE_RECIPE)}: a run trains with the values that it "
+    "records. sweeps/lr_wd.yaml searches a learning rate, and plan.py says what memory a batch needs",
+    lambda value: MADE.holds(value) and (not value or not str(value["_target_"]).endswith(_CHANGE_THE_RECIPE)),
 )
 
 
@@ -203,10 +210,14 @@ _TRAIN: Table = {
         "max_steps": whole(1) | Rule("-1", lambda value: value == -1),
         "accumulate_grad_batches": whole(1),
         "check_val_every_n_epoch": whole(1) | NULL,
-        "limit_train_batches": _SHARE_OR_COUNT,
-        "limit_val_batches": _SHARE_OR_COUNT,
-        "limit_test_batches": _SHARE_OR_COUNT,
-        "overfit_batches": _SHARE_OR_COUNT,
+        "limit_train_batches": _LIMIT,
+        "limit_val_batches": _LIMIT,
+        "limit_test_batches": _left_to("trainer.limit_val_batches: the test is on the validation's images"),
+        "overfit_batches": _LIMIT | Rule("0", lambda value: value == 0),
+        "val_check_interval": Rule("1.0, for check_val_every_n_epoch is what changes it", lambda value: value == 1.0),
+        "use_distributed_sampler": Rule(
+            "false, for the loader gives every rank its share", lambda value: value is False
+        ),
         "fast_dev_run": YES_NO | whole(0),
         "log_every_n_steps": whole(0),
         "num_sanity_val_steps": whole(-1),
@@ -238,7 +249,7 @@ _TRAIN: Table = {
             "health": {"_target_": TEXT, "every_n_epochs": whole(0)},
             "checkpoints": {"_target_": TEXT, "monitor": TEXT, "every_n_epochs": whole(1)},
         },
-        MADE,
+        _CALLBACK,
     ),
     "recipe": {
         "epochs": whole(1),

@@ -294,7 +294,7 @@ def _outcome(job: Job, exit_code: int) -> tuple[float | None, str | None]:
         result = json.loads(job.record.read_text()) if job.record.exists() else {}
     except ValueError as error:
         problem = problem or f"{job.record.name} is not JSON ({error})"
-    if problem is None and result.get("status", "finished") != "finished":
+    if problem is None and result.get("status", "finished") not in ("finished", "dry run"):
         # Lightning ends with exit code 0 after a SIGTERM that was sent to the job alone.
         problem = f"it recorded itself as {result['status']}"
     if problem is not None:
