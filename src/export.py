@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 #: Packages that write a format, beside torch.
 WRITERS: dict[str, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript"), "pt2": ()}
+#: Versions of ONNX's operators: repvgg.deploy.export.OLDEST_OPSET and OPSET, without its imports.
+OPSETS = (11, 18)
 #: What train.yaml has and an export does not read.
 OF_TRAINING = ("recipe", "callbacks", "bench", "module", "trainer", "logger", "init_from", "ckpt_path", "seed")
 BATCH = 32
@@ -55,6 +58,8 @@ def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
             raise ValueError(f"{name}={cfg[name]}: choose true or false")
     if not isinstance(cfg.images, int) or isinstance(cfg.images, bool) or cfg.images < 1:
         raise ValueError(f"images={cfg.images} must be a whole number of at least 1")
+    if type(cfg.opset) is not int or not OPSETS[0] <= cfg.opset <= OPSETS[1]:
+        raise ValueError(f"opset={cfg.opset}: choose a whole number from {OPSETS[0]} to {OPSETS[1]}")
     if not isinstance(cfg.tolerance, int | float) or not cfg.tolerance > 0:
         raise ValueError(f"tolerance={cfg.tolerance} must be a positive number")
     if not {"size", "ratio"} <= set(cfg.data.val_transform):
@@ -67,7 +72,11 @@ def check(cfg: DictConfig, typed: Sequence[str]) -> tuple[str, Path]:
             key = "classes" if path == cfg.classes else "check_images"
             raise ValueError(f"{key}={path}: there is no such file")
     to, out = target(cfg)
+    if to != "onnx" and any(override.startswith("opset=") for override in typed):
+        raise ValueError(f"opset={cfg.opset} is of ONNX: leave it out with to={to}")
     if cfg.int8 is not None:
+        if cfg.opset < 13:
+            raise ValueError(f"opset={cfg.opset}: int8 has a scale per channel, which ONNX has from opset=13 on")
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
         if (cfg.int8, to, cfg.form) != ("onnxruntime", "onnx", "deploy"):
             raise ValueError(
@@ -276,7 +285,8 @@ def main(cfg: DictConfig) -> None:
         pixels, what = images_of(cfg, preprocessing)
         names = classes_of(cfg, cfg.net.num_classes)
         with beside(out) as file:
-            (export_onnx if to == "onnx" else export_pt2)(
+            write = partial(export_onnx, opset=cfg.opset) if to == "onnx" else export_pt2
+            write(
                 network.net,
                 file,
                 input_size=(cfg.net.in_channels, crop.size, crop.size),
@@ -302,10 +312,11 @@ def main(cfg: DictConfig) -> None:
                     print(f"  {line}", flush=True)
             size = file.stat().st_size
         pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
+        version = f", opset {cfg.opset}" if to == "onnx" else ""
         in_int8 = "" if cfg.int8 is None else " in int8"
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
         print(
-            f"{out}: {network.form} form{in_int8}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
+            f"{out}: {network.form} form{in_int8}{version}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
             f"N × {cfg.net.in_channels} × {side}, to logits, N × {cfg.net.num_classes}; "
             f"{'no' if names is None else 'with'} class names"
         )

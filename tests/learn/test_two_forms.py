@@ -143,5 +143,5 @@ def test_a_branch_without_a_map_stops_at_the_first_validation(digits: Path, tmp_
 
     net = tiny(num_classes=10)
     net.stages[0][0] = Block(ConvShape(8, 8, stride=2), [Curved])
-    with pytest.raises(ValueError, match=r"layer 'stages\.0\.0': Curved"):
+    with pytest.raises(ValueError, match=r"layer 'stages\.0\.0\.branches\.0': Curved"):
         trainer(tmp_path, [two_forms()]).fit(classifier(net), datamodule=datamodule(digits))
