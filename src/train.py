@@ -52,6 +52,10 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"recipe={recipe} needs {', '.join(f'{key}=PATH' for key in missing)}")
     if cfg.init_from is not None and not Path(cfg.init_from).is_file():
         raise ValueError(f"init_from={cfg.init_from}: there is no file {Path(cfg.init_from).absolute()}")
+    if cfg.weights is not None and cfg.init_from is None:
+        raise ValueError(
+            f"weights={cfg.weights} says which weights of init_from to begin with: give init_from=PATH too"
+        )
     if cfg.int8 is not None:
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
     if cfg.data.prepare is None:
@@ -137,7 +141,7 @@ def main(cfg: DictConfig) -> float | None:
         resumed = newest_whole(checkpoints)
         module = instantiate(cfg.module)
         if cfg.init_from is not None and resumed is None:
-            weights = read_weights(cfg.init_from)
+            weights = read_weights(cfg.init_from, cfg.weights)
             with fitting_choices(weights, choices["ablation"]):
                 initial = initialize(module.net, weights)
             if identity is not None:
