@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: What a conversion reads of train.yaml; the rest of it is of a training.
 OF_NETWORK = ("model", "ablation", "data", "net", "block")
-OWN = ("ckpt", "out", "form", "naming", "fold_dtype", "check", "overwrite", "hydra", "root")
+OWN = ("ckpt", "weights", "out", "form", "naming", "fold_dtype", "check", "overwrite", "hydra", "root")
 #: Random images on which both forms are compared: every design of the repository takes this size.
 IMAGES, PIXELS, SEED = 4, 64, 0
 
@@ -92,6 +92,7 @@ def convert(network: Network, out: Path, *, naming: str, fold_dtype: "dtype", ch
         **metadata_of(network.settled),
         "num_classes": str(network.settled.cfg.net.num_classes),
         "source": weights.path.name,
+        **({"source_weights": weights.name} if weights.name else {}),
         "source_sha256": sha256(weights.path),
     }
     if check and (found := damage(weights)):
@@ -104,8 +105,8 @@ def convert(network: Network, out: Path, *, naming: str, fold_dtype: "dtype", ch
         metadata |= {key: value for key, value in weights.metadata.items() if key in (*EQUIVALENCES, "fold_dtype")}
     write_weights(network.net, out, naming=naming, metadata={**metadata, **versions()})
 
-    if network.settled.origin:
-        print(network.settled.origin)
+    for line in filter(None, (network.settled.origin, weights.taken)):
+        print(line)
     print(
         f"{out}: {network.form} form, {naming} naming, {subject(network)}, {metadata['num_classes']} classes, "
         f"{count_parameters(network.net) / 1e6:.2f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
@@ -209,6 +210,7 @@ def show(network: Network) -> None:
     lines = {
         "network": subject(network),
         "": network.settled.origin,
+        "weights": weights.taken,
         "layers": weights.architecture,
         "parameters": parameters,
         "tensors": f"{len(weights.state)}, {types}",

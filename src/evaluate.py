@@ -112,7 +112,9 @@ def main(cfg: DictConfig) -> float | None:
         if "wandb" in cfg.logger:
             cfg.logger.wandb.job_type = "eval"
 
-        weights = read_weights(cfg.ckpt)
+        weights = read_weights(cfg.ckpt, cfg.weights)
+        if weights.taken:
+            log.info(weights.taken)
         net = instantiate(cfg.net)
         net = to_deploy(net) if weights.form == "deploy" else net
         with fitting_choices(weights, choices["ablation"]):
@@ -132,7 +134,8 @@ def main(cfg: DictConfig) -> float | None:
         # Of the data module the validation images are needed, and not that there are others for training.
         datamodule = instantiate(cfg.datamodule, batch_size=cfg.batch_size, train_file=cfg.data.val_file)
         config = {k: v for k, v in logged_config(cfg, choices).items() if k not in UNREAD["evaluate"]}
-        config |= {"weights": {"naming": weights.naming, "form": weights.form}, **environment(trainer)}
+        said = {"naming": weights.naming, "form": weights.form, **({"name": weights.name} if weights.name else {})}
+        config |= {"weights": said, **environment(trainer)}
         for logger in trainer.loggers:  # where a W&B run begins
             logger.log_hyperparams(config)
 

@@ -228,6 +228,8 @@ def described(
     with Path(cfg.ckpt).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     said = {**network.settled.known, "form": network.form, "checkpoint_sha256": digest}
+    if network.weights.name:
+        said["checkpoint_weights"] = network.weights.name
     if names is not None:
         said["classes"] = json.dumps(names, ensure_ascii=False)
     return {**said, **preprocessing.metadata()}
@@ -265,8 +267,8 @@ def main(cfg: DictConfig) -> None:
         network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
         cfg = network.settled.cfg
         require_right_values("export", cfg, network.settled.choices)
-        if network.settled.origin:
-            print(network.settled.origin)
+        for line in filter(None, (network.settled.origin, network.weights.taken)):
+            print(line)
         crop: Any = cfg.data.val_transform
         preprocessing = Preprocessing.of_validation(
             crop.size, crop.ratio, cfg.data.mean, cfg.data.std, inside=cfg.normalize

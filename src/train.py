@@ -74,6 +74,10 @@ def check(cfg: DictConfig) -> None:
     for key in ("init_from", "ckpt_path"):
         if cfg[key] is not None and not Path(cfg[key]).is_file():
             raise ValueError(f"{key}={cfg[key]}: there is no file {Path(cfg[key]).absolute()}")
+    if cfg.weights is not None and cfg.init_from is None:
+        raise ValueError(
+            f"weights={cfg.weights} says which weights of init_from to begin with: give init_from=PATH too"
+        )
     if cfg.int8 is not None:
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
     if cfg.recipe.warmup_epochs >= cfg.trainer.max_epochs:
@@ -166,7 +170,7 @@ def main(cfg: DictConfig) -> float | None:
         resumed = newest_whole(checkpoints)
         module = instantiate(cfg.module)
         if cfg.init_from is not None and resumed is None:
-            weights = read_weights(cfg.init_from)
+            weights = read_weights(cfg.init_from, cfg.weights)
             with fitting_choices(weights, choices["ablation"]):
                 initial = initialize(module.net, weights)
             if identity is not None:

@@ -212,6 +212,18 @@ def test_forms_and_heads(tmp_path: Path) -> None:
         load_network("train", headless, [])
 
 
+def test_weights_chooses_between_raw_and_averaged(tmp_path: Path) -> None:
+    state = small(official.RepVGG((2, 4, 14, 1), 0.75, 2.5, deploy=True, num_classes=5).state_dict())
+    averaged = {key: tensor + 1 for key, tensor in state.items()}
+    path = saved({"state_dict": state, "state_dict_ema": averaged}, tmp_path / "both.pth")
+    for typed, value in (([], 1.0), (["weights=null"], 1.0), (["weights=ema"], 1.0), (["weights=raw"], 0.0)):
+        network = load_network("convert", path, typed)
+        assert network.net.head.bias.max() == value, typed
+        assert network.weights.name == ("state_dict_ema" if value else "state_dict")
+    with pytest.raises(ValueError, match=r"weights=best: .* holds state_dict and state_dict_ema"):
+        load_network("export", path, ["weights=best"])
+
+
 def test_a_run_whose_choices_are_gone_is_said(tmp_path: Path) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "hydra.yaml").write_text(

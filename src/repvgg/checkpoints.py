@@ -104,7 +104,7 @@ def load_network(
 
     from repvgg.model import load_weights, read_weights, to_deploy
 
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, _which(typed))
     if form == "train" and weights.form == "deploy":
         raise ValueError(
             f"{checkpoint} is a deploy form ({weights.naming} naming), and branches cannot be recovered from their "
@@ -190,7 +190,7 @@ def _of_the_file(checkpoint: str | Path, typed: Sequence[str]) -> tuple[list[str
     """Overrides that a file's metadata says, or its tensors; where they are from; and whether the ablation is sure."""
     from repvgg.model import read_weights
 
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, _which(typed))
     given = _options_of(typed)
     said = _said(weights.metadata, typed)
     chosen = {**given, **_options_of(said)}
@@ -211,6 +211,12 @@ def _of_the_file(checkpoint: str | Path, typed: Sequence[str]) -> tuple[list[str
     certain = weights.form == "train" or "ablation" in given or found[0][1] != _default("ablation")
     unsaid = "" if certain else " (a deploy form does not say its ablation)"
     return overrides, f"Found by names and shapes of the tensors: {{}}{unsaid}", certain
+
+
+def _which(typed: Sequence[str]) -> str | None:
+    """The value of ``weights=``."""
+    values = [o.value() for o in OverridesParser.create().parse_overrides(list(typed)) if o.key_or_group == "weights"]
+    return None if not values or values[-1] is None else str(values[-1])
 
 
 def _options_of(overrides: Sequence[str]) -> dict[str, str]:

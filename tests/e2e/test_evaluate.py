@@ -228,6 +228,11 @@ def test_a_training_begins_with_the_weights_of_a_file(
         ("train", ["int8=true"], ["int8=true: choose onnxruntime or torch"]),
         ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
         ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
+        (
+            "train",
+            ["data=digits", "weights=raw"],
+            ["weights=raw says which weights of init_from", "give init_from=PATH"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) and "=" in "".join(value) else None,
 )

@@ -1,11 +1,13 @@
 """Files of every naming, form and wrapping give the network that they were written from."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from repvgg.model import (
@@ -139,6 +141,136 @@ def test_wrappings_come_off(wrapping: str, naming: str, tmp_path: Path) -> None:
     assert_same_logits(net, reference, images())
 
 
+# --- several networks in one file -------------------------------------------------------------------------------------
+
+
+def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other weights of the same network; counters of batches are whole numbers."""
+    return {key: tensor / 2 if tensor.is_floating_point() else tensor.clone() for key, tensor in state.items()}
+
+
+def averaged_model(state: dict[str, Tensor], counter: str = "n_averaged") -> dict[str, Tensor]:
+    """As torch.optim.swa_utils.AveragedModel and mmengine's BaseAveragedModel have it."""
+    return {counter: torch.tensor(3), **prefixed(state, "module.")}
+
+
+#: Raw and averaged weights to a file's content, and the names of both there.
+SEVERAL = {
+    "timm": (lambda raw, ema: {"epoch": 1, "state_dict": raw, "state_dict_ema": ema}, "state_dict", "state_dict_ema"),
+    "timm with its options": (
+        lambda raw, ema: {"state_dict": raw, "state_dict_ema": ema, "args": Namespace(lr=0.1, model="repvgg_a0")},
+        *("state_dict", "state_dict_ema"),
+    ),
+    "torchvision": (lambda raw, ema: {"model": raw, "model_ema": averaged_model(ema)}, "model", "model_ema"),
+    "deeper": (
+        lambda raw, ema: {"nets": {"net": raw, "ema": {"decay": 0.9, "shadow": ema}}},
+        "nets.net",
+        "nets.ema.shadow",
+    ),
+    "by other names": (
+        lambda raw, ema: {
+            **{"model_state_dict": raw, "EMA": ema, "optimizer": {"state": raw}},
+            **{"loss": {"centers.weight": torch.ones(3, 3)}, "metrics": {"top1": torch.tensor(0.5)}},
+        },
+        *("model_state_dict", "EMA"),
+    ),
+    "modules side by side": (
+        lambda raw, ema: {"state_dict": prefixed(raw, "model.") | prefixed(averaged_model(ema), "model_ema.")},
+        *("state_dict", "state_dict.model_ema"),
+    ),
+    "modules of a Lightning module": (
+        lambda raw, ema: {
+            "pytorch-lightning_version": "2.6.6",
+            "state_dict": prefixed(raw, "net.") | prefixed(ema, "net_ema.") | {"loss.weight": torch.ones(7, 7)},
+        },
+        *("state_dict", "state_dict.net_ema"),
+    ),
+    "Lightning's averaging": (
+        lambda raw, ema: {
+            **{"pytorch-lightning_version": "2.6.6", "state_dict": prefixed(ema, "net.")},
+            **{"current_model_state": prefixed(raw, "net."), "averaging_state": {"n_averaged": torch.tensor(3)}},
+        },
+        *("current_model_state", "state_dict"),
+    ),
+    "mmengine": (
+        lambda raw, ema: {"meta": {}, "state_dict": ema, "ema_state_dict": averaged_model(raw, "steps")},
+        *("ema_state_dict", "state_dict"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SEVERAL)
+def test_of_several_networks_the_averaged_one_is_taken_and_said(layout: str, tmp_path: Path) -> None:
+    content, raw_name, averaged_name = SEVERAL[layout]
+    raw = randomize(ours())
+    ema = ours()
+    ema.load_state_dict(half(raw.state_dict()))
+    path = saved(content(dict(raw.state_dict()), dict(ema.state_dict())), tmp_path / "several.pth")
+    for which, reference, name in (
+        *((None, ema, averaged_name), ("ema", ema, averaged_name), (averaged_name, ema, averaged_name)),
+        *(("raw", raw, raw_name), (raw_name, raw, raw_name)),
+    ):
+        weights = read_weights(path, which)
+        net = ours()
+        load_weights(net, weights)
+        assert_same_logits(net, reference, images())
+        assert weights.name == name
+        other = raw_name if name == averaged_name else f"{averaged_name} (averaged weights)"
+        assert f" is taken, not {other}; weights=ema or weights=raw" in weights.taken
+        assert weights.taken in initialize(net, weights)
+
+
+def test_safetensors_may_hold_several_too(tmp_path: Path) -> None:
+    raw = dict(randomize(ours()).state_dict())
+    save_file(prefixed(raw, "model.") | prefixed(half(raw), "ema_model."), tmp_path / "several.safetensors")
+    weights = read_weights(tmp_path / "several.safetensors")
+    assert weights.name == "ema_model"
+    assert torch.equal(weights.state["head.weight"], raw["head.weight"] / 2)
+    assert torch.equal(read_weights(weights.path, "raw").state["head.weight"], raw["head.weight"])
+
+
+def test_averaged_weights_alone(tmp_path: Path) -> None:
+    raw = dict(randomize(ours()).state_dict())
+    path = saved(averaged_model(raw), tmp_path / "averaged.pth")
+    for which in (None, "ema"):
+        weights = read_weights(path, which)
+        assert torch.equal(weights.state["head.weight"], raw["head.weight"])
+        assert not weights.taken, "there was nothing to choose"
+    with pytest.raises(ValueError, match=r"weights=raw: .* holds tensors \(averaged weights\), and nothing else"):
+        read_weights(path, "raw")
+
+
+def test_a_file_with_one_network_has_no_averaged_one(tmp_path: Path) -> None:
+    path = saved({"state_dict": dict(ours().state_dict()), "ema_decay": torch.tensor(0.9)}, tmp_path / "one.pth")
+    assert not read_weights(path, "raw").taken
+    with pytest.raises(ValueError, match=r"weights=ema: .* holds state_dict, and nothing else"):
+        read_weights(path, "ema")
+
+
+def test_networks_that_nothing_tells_apart_are_named(tmp_path: Path) -> None:
+    raw = dict(ours().state_dict())
+    path = saved({"student": raw, "teacher": half(raw)}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"student and teacher, and nothing .* weights=student or weights=teacher"):
+        read_weights(path)
+    assert torch.equal(read_weights(path, "teacher").state["head.weight"], raw["head.weight"] / 2)
+
+
+def test_averaged_tensors_without_names_are_not_passed_over(tmp_path: Path) -> None:
+    raw = dict(ours().state_dict())
+    ema = {"decay": 0.9, "shadow_params": list(raw.values())}
+    path = saved({"model": raw, "ema": ema}, tmp_path / "shadow.pth")
+    with pytest.raises(ValueError, match=r"the tensors of ema\.shadow_params have no names\. Give weights=raw"):
+        read_weights(path)
+    assert read_weights(path, "raw").name == "model"
+
+
+def test_a_mapping_that_holds_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, object] = {"a": 1}
+    content["self"] = content
+    with pytest.raises(ValueError, match="holds no tensors of a network"):
+        read_weights(saved(content, tmp_path / "round.pth"))
+
+
 def test_files_from_before_torch_1_6(tmp_path: Path) -> None:
     reference = oracle()
     state = {key: tensor for key, tensor in reference.state_dict().items() if "num_batches" not in key}
@@ -269,7 +401,7 @@ class Exploit:
 
 def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     path = saved({"state_dict": oracle().state_dict(), "meta": Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"cannot be read as tensors alone \(it holds a Python object"):
+    with pytest.raises(ValueError, match=r"tensors alone \(it holds a Python object.*'state_dict', 'state_dict_ema'"):
         read_weights(path)
     assert not (tmp_path / "ran").exists()
 
@@ -288,7 +420,7 @@ def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
         ({"layer1.0.conv1.weight": torch.zeros(1)}, "no RepVGG in a naming known here.*layer1"),
         ({**oracle().state_dict(), "stage9x.weight": torch.zeros(1)}, "Nearest is official, which has no stage9x"),
         ({"stage3_first.blocks.0.rbr_dense.conv.weight": torch.zeros(1)}, "RepVGGplus"),
-        ({"weights": {"a": torch.zeros(1)}}, "no tensors under state_dict or model; it has weights"),
+        ({"weights": {"a": torch.zeros(1)}}, "no tensors of a network under state_dict or model; it has weights"),
         ({"linear.weight": torch.zeros(1)}, "no block"),
         (torch.zeros(3), "no named tensors, but Tensor"),
         ({}, "no named tensors"),

@@ -17,7 +17,7 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from repvgg.model.tensorfile import read_tensor_file, some
+from repvgg.model.tensorfile import read_tensor_file, some, without_prefixes
 
 Form = Literal["train", "deploy"]
 Head = Literal["keep", "fresh"]
@@ -142,6 +142,8 @@ class Weights:
         state: under our names, with a branch's kind in the place of its number.
         metadata: what a file that :func:`repvgg.model.write_weights` wrote says of itself, and the choices that a
             checkpoint of a training says; empty for others.
+        name: what the file calls ``state``; empty for a file with one network.
+        taken: in words which of several networks ``state`` is; empty likewise.
     """
 
     path: Path
@@ -149,6 +151,8 @@ class Weights:
     form: Form
     state: Mapping[str, Tensor] = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    name: str = ""
+    taken: str = ""
 
     @property
     def num_classes(self) -> int | None:
@@ -190,21 +194,25 @@ class WeightsMismatchError(ValueError):
     """A file and a model of other architectures."""
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, which: str | None = None) -> Weights:
     """Read a checkpoint file, whoever wrote it. No code in it is run.
 
     Known are files of this repository (Lightning's .ckpt or a plain state dict), of the authors, of timm and of
-    mmpretrain, each in train or deploy form, in torch's format or as safetensors; the tensors may lie under
-    ``state_dict`` or ``model``, and their names may begin with what DDP (``module.``), torch.compile (``_orig_mod.``)
-    or a LightningModule (``net.``) adds. Of a Lightning file with averaged weights, ``state_dict`` holds the averages,
-    which are what was validated.
+    mmpretrain, each in train or deploy form, in torch's format or as safetensors; the tensors may lie under a name
+    such as ``state_dict`` or ``model``, and their own names may begin with what DDP (``module.``), torch.compile
+    (``_orig_mod.``) or a LightningModule (``net.``) adds.
+
+    Args:
+        which: of a file with averaged weights too, such as ``{state_dict, state_dict_ema}``: ``ema``, ``raw`` or the
+            name in the file. None for the averaged ones, which are what was validated.
 
     Raises:
-        ValueError: no such file, not a file of tensors alone, or tensors that are no RepVGG's.
+        ValueError: no such file, not a file of tensors alone, or tensors that are no RepVGG's; or see
+            :func:`repvgg.model.tensorfile.read_tensor_file`.
     """
     path = Path(path)
-    tensors, metadata = read_tensor_file(path)
-    state = _without_prefixes(tensors)
+    file = read_tensor_file(path, which)
+    state = without_prefixes(file.state)
     if any(re.search(r"stage3_(first|second)\.|_aux\.|\bpost_se\.", key) for key in state):
         raise ValueError(
             f"{path} is of RepVGGplus-L2pse, another network (auxiliary heads, squeeze-and-excitation after the ReLU), "
@@ -238,7 +246,7 @@ def read_weights(path: str | Path) -> Weights:
             f"{path} holds no block, or branches and fused convolutions at once, so it is neither a train form nor a "
             "deploy form. Write it again from one model"
         )
-    return Weights(path, naming, form, found, metadata)
+    return Weights(path, naming, form, found, file.metadata, file.name, file.taken)
 
 
 def load_weights(net: nn.Module, weights: Weights, *, head: Head = "keep", assign: bool = False) -> None:
@@ -316,7 +324,8 @@ def initialize(net: nn.Module, weights: Weights) -> str:
     classes = len(net.state_dict()["head.weight"])
     head: Head = "keep" if weights.num_classes == classes else "fresh"
     load_weights(net, weights, head=head)
-    taken = f"Initial weights: {weights.path} ({weights.naming} naming)"
+    said = f"; {weights.taken}" if weights.taken else ""
+    taken = f"Initial weights: {weights.path} ({weights.naming} naming{said})"
     if head == "keep":
         return f"{taken}, its classifier of {classes} classes too"
     return (
@@ -334,15 +343,6 @@ def form_of(state: Iterable[str]) -> Form | None:
             elif found[4] == FUSED or found[4].startswith("parts."):
                 forms.add("deploy")
     return forms.pop() if len(forms) == 1 else None
-
-
-def _without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
-    while True:
-        prefix = next(iter(state)).partition(".")[0] + "."
-        if prefix not in ("module.", "net.", "model.") or not all(key.startswith(prefix) for key in state):
-            return state
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
 
 
 # --- names and shapes -----------------------------------------------------------------------------------------------
