@@ -79,7 +79,7 @@ def _accuracy(comparison: Comparison) -> str:
     rows = []
     for group in comparison.groups:
         d = group.difference
-        paper = comparison.paper.number(group.runs[0], "top1")
+        paper = comparison.paper.beside(group.runs[0], "top1")
         rows.append(
             {
                 **_named(comparison, group),
