@@ -78,7 +78,7 @@ def test_a_page_made_twice_is_the_same_byte_for_byte(comparison: Comparison, tmp
     files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
     assert [f.as_posix() for f in files] == [
         *("data.csv", "groups.csv"),
-        *(f"pictures/{name}.{kind}" for name in ("curves", "speed", "top1") for kind in ("png", "svg")),
+        *(f"pictures/{name}.{kind}" for name in ("curves", "losses", "speed", "top1") for kind in ("png", "svg")),
         *("report.html", "report.md"),
     ]
     for file in files:
@@ -93,7 +93,7 @@ def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Compa
     reader = Reader(text)
     assert {"script", "b", "iframe", "link"}.isdisjoint(reader.tags)
     images = [source for source in reader.fetched if source.startswith("data:")]
-    assert len(images) == 3
+    assert len(images) == 4
     assert all(s.startswith(("data:image/svg+xml;base64,", "text-align")) for s in reader.fetched)
     assert not re.search(r"url\(|@import", page.CSS)
     assert 'name="viewport"' in text
@@ -165,7 +165,7 @@ def test_an_older_page_is_replaced_whole(comparison: Comparison, make_run: Make,
     page.write_page(comparison, out)
     only = make_run("alone/x", metrics={"test/top1": 0.5, "test/deploy/top1": 0.5}, curve=()).run_dir
     page.write_page(compare(read_runs([str(only)])[0]), out)
-    assert sorted(p.name for p in (out / "pictures").iterdir()) == ["top1.png", "top1.svg"]
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == []
     text = (out / "report.md").read_text()
     assert "No run measured the speed of its forms." in text
     assert "paper |" not in text, "a ratio of the paper's with none of ours beside it"

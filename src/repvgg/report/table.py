@@ -459,7 +459,9 @@ def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"finished": "green", "failed": "bold red", "interrupted": "yellow"}
+    styles = {"finished": "green", "failed": "bold red"} | dict.fromkeys(
+        ("interrupted", "stopped", "dry_run"), "yellow"
+    )
     out = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for i, name in enumerate(header):
         # Headers may wrap between words; numbers never.
