@@ -161,6 +161,7 @@ _TRAIN: Table = {
     "batchnorm": choice("rank0", "mean", "sync"),
     "ckpt_path": TEXT | NULL,
     "init_from": TEXT | NULL,
+    "weights": TEXT | NULL,
     "int8": choice("onnxruntime", "torch") | NULL,
     "required": TEXTS,
     "block": {"norm": YES_NO, "branches": list_of(MADE), "stage": MADE},
@@ -376,7 +377,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("arch", "backbone"), "model"),
     **dict.fromkeys(("dataset", "data_path", "data_dir"), "data.dir"),
     **dict.fromkeys(("resume", "checkpoint", "resume_from"), "ckpt_path"),
-    **dict.fromkeys(("pretrained", "weights"), "init_from"),
+    **dict.fromkeys(("pretrained", "pretrained_path"), "init_from"),
     **dict.fromkeys(("amp", "fp16"), "trainer.precision"),
     "wd": "recipe.weight_decay",
 }

@@ -16,7 +16,7 @@ from support.training import classifier, datamodule, trainer, two_forms
 VALIDATION_KEYS = {
     *(f"val/{form}{name}" for form in ("", "deploy/") for name in ("loss", "top1", "top5")),
     *(f"reparam/{name}" for name in ("max_abs_logit_diff", "rel_l2_diff", "top1_agreement", "convert_s")),
-    *(f"bench/{name}" for name in ("train_form/images_per_s", "deploy/images_per_s", "speedup")),
+    *(f"bench/{name}" for name in ("train_form/images_per_s", "deploy/images_per_s", "speedup", "spread")),
 }
 
 

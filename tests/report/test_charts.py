@@ -67,8 +67,10 @@ def test_speed_has_an_arrow_from_each_form_to_the_other(comparison: Comparison) 
 
 
 def test_what_was_not_measured_has_no_picture(make_run: Make, tmp_path: Path) -> None:
-    make_run("a", metrics={"test/top1": 0.5, "test/deploy/top1": 0.5}, curve=())
+    for seed in (1, 2):
+        make_run(seed, seed=seed, metrics={"test/top1": 0.5, "test/deploy/top1": 0.5}, curve=())
     assert [*charts.charts(compare(read_runs([str(tmp_path)])[0]))] == ["top1"]
+    assert charts.charts(compare(read_runs([str(tmp_path / "1")])[0])) == {}  # one number is no picture
 
 
 def test_speeds_of_two_machines_are_not_in_one_picture(make_run: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What runs leave, read back: directories as training leaves them, files of the real W&B client, its API."""
 
 import dataclasses
+import json
 import math
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from repvgg.report import runs
+from repvgg.report import page, runs
 from repvgg.report.compare import compare
 from repvgg.report.offline import find_offline_runs
 from repvgg.report.record import RunRecord
@@ -139,13 +140,12 @@ def test_directories_at_any_depth_and_what_is_missing_in_them(make_run: Make, tm
     found, notes = read_runs([str(tmp_path)])
     assert [(run.name, run.status) for run in found] == [
         ("0_ablation=full,seed=1", "finished"),
-        ("begun", "no result"),
         ("deep/er/1_ablation=id", "finished"),
         ("torn", "unreadable"),
     ]
-    assert notes == []
+    assert notes == ["Not counted: 1 folders in which nothing began, such as of refused commands: begun."]
     twice, _ = read_runs([str(tmp_path), str(tmp_path / "deep")])
-    assert len(twice) == 4
+    assert len(twice) == 3
 
 
 def test_what_hydra_and_the_csv_logger_wrote_of_a_killed_run(make_run: Make, tmp_path: Path) -> None:
@@ -265,3 +265,126 @@ def test_of_two_starts_of_one_run_the_later_one_says_how_it_ended(minutes: int, 
 def test_a_project_that_is_not_there_is_one_error(wandb_server: WandbServer) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=r"runs=wandb:me/none: W&B says: .*none"):
         read_runs(["wandb:me/none"])
+
+
+# --- what is odd ----------------------------------------------------------------------------------------------------
+
+GOOD = {"status": "finished", "objective": None, "error": None, "ended": None}
+MEASURED = {"test/top1": 0.5, "test/deploy/top1": 0.5}
+ODD = {
+    "empty": b"",
+    "half": b'{"status": "finis',
+    "binary": bytes(range(256)),
+    "a list": b"[1, 2]",
+    "no metrics": json.dumps({**GOOD, "config": {}}).encode(),
+    "a metric that is text": json.dumps({**GOOD, "config": {}, "metrics": {"test/top1": "high"}}).encode(),
+    "a config that is a list": json.dumps({**GOOD, "config": [1], "metrics": MEASURED}).encode(),
+    "an end that is no time": json.dumps({**GOOD, "ended": "soon", "config": {}, "metrics": MEASURED}).encode(),
+    **{
+        f"{key} that is {value!r}": json.dumps(
+            {**GOOD, "config": {"choices": CHOICES, "seed": 7, key: value}, "metrics": MEASURED}
+        ).encode()
+        for key, value in [
+            *[("choices", "id"), ("choices", ["id"]), ("seed", "one"), ("seed", [1]), ("seed", 1.5), ("seed", True)],
+            *[("trainer", "cpu"), ("bench", [1]), ("callbacks", "none"), ("git", "abc"), ("data", 3), ("net", "B0")],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_an_odd_record_is_listed_as_such_and_the_others_are_compared(
+    content: bytes, make_run: Make, tmp_path: Path
+) -> None:
+    make_run("good", seed=1)
+    odd = make_run("odd", seed=2).run_dir
+    (odd / "result.json").write_bytes(content)
+    found, notes = read_runs([str(tmp_path)])
+    assert notes == []
+    comparison = compare(found)
+    assert [run.name for run in comparison.runs] == ["good"]
+    ((run, why),) = comparison.left
+    assert (run.name, run.status) == ("odd", "unreadable")
+    assert "result.json is not the record of a run" in why
+    text = page.markdown(comparison, {})
+    assert "| `odd` | unreadable |" in text
+    page.write_page(comparison, tmp_path / "page")
+
+
+def test_a_record_that_cannot_be_opened_is_listed_too(make_run: Make, tmp_path: Path) -> None:
+    make_run("good", seed=1)
+    odd = make_run("odd", seed=2).run_dir
+    (odd / "result.json").unlink()
+    (odd / "result.json").symlink_to(odd / "result.json")  # in a circle: an OSError, also for whoever may read all
+    found, _ = read_runs([str(tmp_path)])
+    assert {run.name: run.status for run in found} == {"good": "finished", "odd": "unreadable"}
+
+
+@pytest.mark.parametrize("name", [".hydra/hydra.yaml", ".hydra/config.yaml", "hparams.yaml", "metrics.csv"])
+@pytest.mark.parametrize(
+    "content", [b"", b"7", b"[1]", b"a: [", bytes(range(256)), b"hydra: 3", b"epoch,step,val/top1\nx,y,z\n"]
+)
+def test_odd_files_beside_a_record_cost_no_more_than_what_they_say(
+    name: str, content: bytes, make_run: Make, tmp_path: Path
+) -> None:
+    directory = make_run("a", seed=1).run_dir
+    (directory / ".hydra").mkdir()
+    (directory / name).write_bytes(content)
+    assert [run.name for run in compare(read_runs([str(tmp_path)])[0]).runs] == ["a"]
+    (directory / "result.json").unlink()
+    (run,) = read_runs([str(tmp_path)])[0] or [None]
+    assert run is None or run.status in ("no result", "unreadable")
+
+
+@pytest.mark.parametrize("top1", [math.nan, math.inf])
+def test_a_top1_that_is_no_number_is_in_no_mean(top1: float, make_run: Make, tmp_path: Path) -> None:
+    make_run("good", seed=1)
+    make_run("odd", seed=2, metrics={"test/top1": top1, "test/deploy/top1": top1})
+    comparison = compare(read_runs([str(tmp_path)])[0])
+    assert [(run.name, why) for run, why in comparison.left] == [("odd", "finished without a top-1")]
+
+
+def test_times_with_a_zone_and_without_are_in_one_order(make_run: Make, tmp_path: Path) -> None:
+    for name, ended in (("a", "2026-01-01T00:00:00"), ("b", "2026-01-01T00:00:01+00:00")):
+        directory = make_run(name, seed=1).run_dir
+        record = json.loads((directory / "result.json").read_text()) | {"ended": ended}
+        (directory / "result.json").write_text(json.dumps(record))
+    assert [run.name for run in compare(read_runs([str(tmp_path)])[0]).runs] == ["b"]
+
+
+def test_what_never_began_is_not_counted(make_run: Make, tmp_path: Path) -> None:
+    make_run("good", seed=1)
+    for name in ("refused", "killed"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / "train.log").write_text("error: no such key\n")
+    (tmp_path / "killed" / "run.json").write_text("{}")
+    found, notes = read_runs([str(tmp_path)])
+    assert sorted(run.name for run in found) == ["good", "killed"]
+    assert notes == ["Not counted: 1 folders in which nothing began, such as of refused commands: refused."]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "config", "why"),
+    [
+        (
+            "stopped",
+            "trainer.max_time=00:00:01:00 in epoch 1 of 50",
+            {},
+            "trainer.max_time=00:00:01:00 in epoch 1 of 50",
+        ),
+        ("dry_run", None, {}, "a dry run, trainer.fast_dev_run"),
+        ("finished", None, {"trainer": {"fast_dev_run": True}}, "a dry run, trainer.fast_dev_run"),
+        ("interrupted", "SIGTERM", {}, "SIGTERM"),
+        ("something new", None, {}, "something new"),
+    ],
+)
+def test_only_a_finished_run_is_in_a_mean(
+    status: str, error: str | None, config: dict[str, Any], why: str, make_run: Make, tmp_path: Path
+) -> None:
+    make_run("good", seed=1)
+    directory = make_run("other", seed=2, config=config).run_dir
+    record = json.loads((directory / "result.json").read_text()) | {"status": status, "error": error}
+    (directory / "result.json").write_text(json.dumps(record))
+    comparison = compare(read_runs([str(tmp_path)])[0])
+    assert [run.name for run in comparison.runs] == ["good"]
+    assert [(run.name, reason) for run, reason in comparison.left] == [("other", why)]

@@ -83,6 +83,7 @@ def test_csv_files_of_any_starts_read_as_one_history(
 ) -> None:
     directory = tmp_path_factory.mktemp("run")
     (directory / ".hydra").mkdir()
+    (directory / "run.json").touch()
     for start in starts:
         logger = metrics_csv(str(directory))
         for step, values in start:

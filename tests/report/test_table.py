@@ -10,6 +10,8 @@ from repvgg.report import table
 from repvgg.report.record import RunRecord
 
 Make = Callable[..., RunRecord]
+#: Of the paper's numbers.
+PAPERS = {"data": "imagenet", "recipe": "paper_120"}
 
 
 @pytest.fixture
@@ -42,13 +44,16 @@ def test_the_papers_numbers_are_table_6(make_run: Make, paper: table.Paper) -> N
 
 
 def test_the_papers_speeds_are_of_the_form_that_its_table_has(make_run: Make) -> None:
-    record = make_run(0, "full", model="repvgg_b1")
+    record = make_run(0, "full", model="repvgg_b1", **PAPERS)
     row = table.table([record], table.load_paper(table.EXPERIMENTS / "table4.yaml")).iloc[0]
     assert (row["paper top-1 [%]"], row["paper deploy [images/s]"]) == (pytest.approx(78.37), 685)
     assert "paper train form [images/s]" not in row
     int8 = table.load_paper(table.EXPERIMENTS / "int8.yaml")  # of no form
     assert not {*table.PAPER_SPEED.values()} & {*table.table([record], int8).columns}
-    assert "(int8 table of arXiv 2212.01593; one run each). They" in table.notes([record], int8)[0]
+    assert (
+        "int8 table of arXiv 2212.01593 is of A0 on ImageNet, 120 epochs (one run each). Its"
+        in table.notes([record], int8)[0]
+    )
 
 
 def test_an_experiment_file_without_the_papers_side_is_refused(tmp_path: Path) -> None:
@@ -58,7 +63,7 @@ def test_an_experiment_file_without_the_papers_side_is_refused(tmp_path: Path) -
 
 
 def test_values_and_units(make_run: Make, paper: table.Paper) -> None:
-    frame = table.table([make_run(0, "1x1", seed=3)], paper)
+    frame = table.table([make_run(0, "1x1", seed=3, **PAPERS)], paper)
     row = frame.iloc[0]
     assert [*frame.columns] == [
         "run", "status", "model", "ablation", "seed", "parameters train form", "parameters deploy",
@@ -83,7 +88,7 @@ def test_without_a_test_both_forms_are_the_last_validation_and_the_table_says_so
 
 def test_a_failed_run_is_a_row_and_says_why(make_run: Make, paper: table.Paper) -> None:
     records = [
-        make_run(0, "plain"),
+        make_run(0, "plain", **PAPERS),
         make_run(1, "custom", status="failed", metrics={}, error="RuntimeError: no | good"),
     ]
     frame, notes = table.table(records, paper), table.notes(records, paper)
@@ -108,15 +113,53 @@ def test_markdown_and_csv_parse_back_to_the_numbers(make_run: Make, paper: table
         assert number(md[table.PARAMS_TRAIN]) == 15817960
 
 
-def test_the_note_on_comparability_appears_for_what_is_not_the_papers_set_up(
+def test_no_number_of_the_paper_stands_beside_another_network_input_or_recipe(
     make_run: Make, paper: table.Paper
 ) -> None:
-    same = make_run(0, data="imagenet", recipe="paper_120")
-    assert not any("comparable" in note for note in table.notes([same], paper))
-    other = make_run(1, model="repvgg_a0")
-    (note,) = [note for note in table.notes([same, other], paper) if "comparable" in note]
-    assert "B0 on ImageNet, 120 epochs (Table 6;" in note
-    assert note.endswith("not comparable with runs of data digits, model repvgg_a0, recipe quick.")
+    whole = {
+        "net": {"depths": [4, 6, 16, 1], "width_a": 1.0, "width_b": 2.5, "groups": 1},
+        "data": {"resolution": 224, "num_classes": 1000},
+        "recipe": {"lr": 0.1, "epochs": 120, "optimizer": {"momentum": 0.9}},
+        "trainer": {"max_epochs": 120, "limit_train_batches": None},
+        **{"callbacks": {"ema": None}, "init_from": None},
+    }
+    same = make_run("same", config=whole, **PAPERS)
+    assert paper.departures(same) == {}
+    assert paper.beside(same, "top1") == 0.7514
+    assert not any("paper" in note for note in table.notes([same], paper))
+    for i, (node, key, value, says) in enumerate(
+        [
+            ("net", "width_a", 0.25, "net.width_a 0.25 (there 1)"),
+            ("net", "depths", [1, 2, 3, 1], "net.depths [1, 2, 3, 1] (there [4, 6, 16, 1])"),
+            ("data", "resolution", 192, "data.resolution 192 (there 224)"),
+            ("recipe", "lr", 0.2, "recipe.lr 0.2 (there 0.1)"),
+            ("recipe", "optimizer", {"momentum": 0.8}, "recipe.optimizer.momentum 0.8 (there 0.9)"),
+            ("trainer", "max_epochs", 1, "trainer.max_epochs 1 (there 120)"),
+            ("trainer", "limit_train_batches", 5, "trainer.limit_train_batches 5 (there None)"),
+            ("callbacks", "ema", {"decay": 0.9}, "callbacks.ema {'decay': 0.9} (there None)"),
+        ]
+    ):
+        other = make_run(i, config={**whole, node: {**whole[node], key: value}}, **PAPERS)
+        frame = table.table([same, other], paper)
+        assert frame[table.PAPER_TOP1].isna().tolist() == [False, True], key
+        assert frame[table.PAPER_SPEED["train_form"]].isna().tolist() == [False, True]
+        (note,) = [note for note in table.notes([same, other], paper) if "paper" in note]
+        assert note == (
+            "The paper's Table 6 is of B0 on ImageNet, 120 epochs (one run each, a 1080Ti for the images/s). Its "
+            f"numbers do not stand beside runs that depart from that: {says}."
+        )
+        assert table.PAPER_TOP1 not in table.table([other], paper)
+
+
+def test_a_choice_stands_for_the_values_that_it_brings(make_run: Make, paper: table.Paper) -> None:
+    config = {"net": {"depths": [2, 4, 14, 1], "width_a": 0.75}, "recipe": {"lr": 0.005}, "data": {"resolution": 32}}
+    other = make_run(0, model="repvgg_a0", config=config)
+    assert paper.departures(other).keys() == {"model", "data", "recipe"}
+    (note,) = [note for note in table.notes([other, make_run(1, "id")], paper) if "paper" in note]
+    assert "model repvgg_a0 (there repvgg_b0), data digits (there imagenet), recipe quick (there paper_120)." in note
+    assert note.endswith("The differences and the order of its rows are given all the same.")
+    models = table.load_paper(table.EXPERIMENTS / "table4.yaml")  # whose rows say the network
+    assert models.departures(other).keys() == {"data", "recipe"}
 
 
 def test_throughputs_under_different_settings_are_pointed_out(make_run: Make, paper: table.Paper) -> None:
@@ -142,7 +185,9 @@ def test_labels_say_what_differs_and_are_unique(make_run: Make) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120, 220])
 def test_the_terminal_table_shows_every_digit_at_any_width(make_run: Make, paper: table.Paper, width: int) -> None:
-    records = [make_run(f"{i}_ablation={name}", name) for i, name in enumerate(("plain", "id", "1x1", "full"))]
+    records = [
+        make_run(f"{i}_ablation={name}", name, **PAPERS) for i, name in enumerate(("plain", "id", "1x1", "full"))
+    ]
     out = io.StringIO()
     console = Console(file=out, width=width)
     table.print_table(table.table(records, paper), table.notes(records, paper), console)

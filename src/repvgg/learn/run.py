@@ -139,7 +139,9 @@ def conclusion(name: str, status: str, metrics: Mapping[str, float], directory: 
         )
     if "bench/speedup" in metrics:
         train_form, deploy = (metrics[f"bench/{form}/images_per_s"] for form in ("train_form", "deploy"))
-        parts.append(f"{train_form:,.0f} → {deploy:,.0f} images/s (×{metrics['bench/speedup']:.2f})")
+        up, spread = metrics["bench/speedup"], metrics.get("bench/spread", 0.0)
+        within = f", within the ±{spread:.0%} by which its rounds differ" if abs(up - 1) <= spread else ""
+        parts.append(f"{train_form:,.0f} → {deploy:,.0f} images/s (×{up:.2f}{within})")
     return f"{name} {', '.join(parts)}. Everything is in {directory}"
 
 

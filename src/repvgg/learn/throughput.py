@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,25 @@ class Throughput:
         """Whether the validation after ``epoch`` (from 0) measures."""
         return self.every_n_epochs > 0 and (epoch + 1) % self.every_n_epochs == 0
 
-    def images_per_second(self, models: Sequence[nn.Module], in_channels: int = 3) -> list[float]:
-        """Median throughput of each model, images/s: see :meth:`seconds`."""
-        return [self.batch / median(times) for times in self.seconds(models, in_channels)]
+    def compare(self, train_form: nn.Module, deploy: nn.Module, in_channels: int = 3) -> dict[str, float]:
+        """Both forms' throughput, how many times as fast the deploy form is, and how far the rounds agree on that.
+
+        A round is one timed forward of each. `bench/spread` is half of what lies between the 10th and the 90th
+        percentile of the rounds' own speed-ups, as a share of their median: 0.05 is ±5 %. It is not there of one
+        round. A speed-up that is nearer to 1 says nothing: something else used the machine, or both are as fast.
+        """
+        seconds = self.seconds([train_form, deploy], in_channels)
+        train_rate, deploy_rate = (self.batch / median(times) for times in seconds)
+        measured = {
+            "bench/train_form/images_per_s": train_rate,
+            "bench/deploy/images_per_s": deploy_rate,
+            "bench/speedup": deploy_rate / train_rate,
+        }
+        ups = [train / fused for train, fused in zip(*seconds, strict=True)]
+        if len(ups) > 1:
+            tenths = quantiles(ups, n=10, method="inclusive")
+            measured["bench/spread"] = (tenths[-1] - tenths[0]) / 2 / median(ups)
+        return measured
 
     @torch.inference_mode()
     def seconds(self, models: Sequence[nn.Module], in_channels: int = 3) -> list[list[float]]:

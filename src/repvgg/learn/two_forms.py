@@ -108,19 +108,14 @@ class TwoFormValidation(pl.Callback):
             self._check(float(values["reparam/rel_l2_diff"]))
 
     def _measure(self, trainer: pl.Trainer, module: Classifier) -> dict[str, float]:
-        measured: list[float] = []
+        measured: dict[str, float] = {}
         if trainer.is_global_zero:
             # A copy of the train form: eager also where training is compiled, and free to change its precision.
             assert self.deploy is not None
-            forms = [copied(module.net).eval(), copied(self.deploy)]
             first_conv = next(m for m in module.net.modules() if isinstance(m, nn.Conv2d))
-            measured = self.throughput.images_per_second(forms, first_conv.in_channels)
-        train_form, deploy = trainer.strategy.broadcast(measured)  # where the other ranks wait
-        return {
-            "bench/train_form/images_per_s": train_form,
-            "bench/deploy/images_per_s": deploy,
-            "bench/speedup": deploy / train_form,
-        }
+            forms = copied(module.net).eval(), copied(self.deploy)
+            measured = self.throughput.compare(*forms, first_conv.in_channels)
+        return dict(trainer.strategy.broadcast(measured))  # where the other ranks wait
 
     def _check(self, relative: float) -> None:
         if not relative <= self.tolerance:  # NaN too

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from repvgg.report import table
 from repvgg.report.compare import UNEVEN, Comparison, Group
 from repvgg.report.picture import COLOURS, DEPLOY, GREY, LINES, STYLE, TRAIN_FORM
-from repvgg.report.runs import CURVES, SHARE, Run
+from repvgg.report.runs import CURVES, LOSSES, SHARE, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,13 @@ def charts(comparison: Comparison) -> dict[str, tuple[Figure, str]]:
 
     drawn = {}
     with mpl.rc_context(STYLE):
-        for name, draw in (("top1", _top1), ("speed", _speed), ("curves", _curves), ("branches", _branches)):
+        for name, draw in (
+            ("top1", _top1),
+            ("speed", _speed),
+            ("curves", _curves),
+            ("losses", _losses),
+            ("branches", _branches),
+        ):
             made = draw(comparison)
             if made is not None:
                 drawn[name] = made
@@ -64,8 +70,10 @@ def _figure(height: float) -> Figure:
 # --- top-1 and its differences ------------------------------------------------------------------------------------
 
 
-def _top1(comparison: Comparison) -> tuple[Figure, str]:
-    """Every seed's top-1 on the left; on the right the differences to the reference, seed by seed."""
+def _top1(comparison: Comparison) -> tuple[Figure, str] | None:
+    """Every seed's top-1 on the left; on the right the differences to the reference, seed by seed; None of one run."""
+    if len(comparison.runs) == 1:
+        return None
     groups = comparison.groups
     with_differences = any(group.difference is not None for group in groups)
     figure = _figure(1.3 + 0.46 * len(groups))
@@ -188,9 +196,9 @@ def _speed(comparison: Comparison) -> tuple[Figure, str] | None:
     figure = _figure(max(4.2, 1.6 + 0.24 * len(points)))
     axes = figure.subplots()
     every = [point for _, both in points for point in both.values()]
-    even = (comparison.unevenness or 1) <= UNEVEN
-    if even:
-        front = pareto_front(every)
+    front = pareto_front(every)
+    even = (comparison.unevenness or 1) <= UNEVEN and len(points) > 1
+    if even and len(front) > 1:
         axes.step(*zip(*front, strict=True), where="pre", color=DEPLOY, lw=1, ls=":", zorder=1)
     for _, both in points:
         if "train" in both:
@@ -215,10 +223,15 @@ def _speed(comparison: Comparison) -> tuple[Figure, str] | None:
         Line2D([], [], marker="o", ls="", mfc="white", mec=TRAIN_FORM, mew=2, ms=7, label="train form"),
         Line2D([], [], marker="o", ls="", color=DEPLOY, ms=8, label="deploy form"),
     ]
-    if even:
+    if not any("train" in both for _, both in points):
+        del handles[0]
+    if even and len(front) > 1:
         handles.append(Line2D([], [], color=DEPLOY, lw=1, ls=":", label="Pareto front"))
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=11)
-    words = "Means over seeds. An arrow leads from a network as trained to the same network deployed"
+    means = "" if len(comparison.runs) == 1 else "Means over seeds. "
+    words = f"{means}An arrow leads from a network as trained to the same network deployed"
+    if len(points) == 1:
+        return figure, f"{words}."
     if not even:
         return figure, f"{words}. The machine was not as fast at all times, so there is no Pareto front."
     return (
@@ -276,39 +289,70 @@ def _one_line(label: str) -> str:
 
 def _curves(comparison: Comparison) -> tuple[Figure, str] | None:
     """One panel per group with its seeds and the means of both forms, over the others' means."""
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
-
-    means = [{name: _mean_curve(group, name) for name in CURVES} for group in comparison.groups]
-    if all(curve.empty for both in means for curve in both.values()):
+    figure = _learning(comparison, CURVES, "top-1 on validation [%]", 100)
+    if figure is None:
         return None
-    figure, panels = _panels(len(comparison.groups), height=2.3)
-    for group, axes, both in zip(comparison.groups, panels, means, strict=True):
-        for other in means:
-            axes.plot(100 * other[CURVES[1]], color="#D0D5DA", lw=0.9, zorder=1)
-        for run in group.runs:
-            axes.plot(100 * _curve(run, CURVES[1]), color=SEEDS, lw=0.9, zorder=2)
-        marker = "o" if len(both[CURVES[1]]) == 1 else None
-        axes.plot(100 * both[CURVES[0]], color=TRAIN_FORM, lw=5, solid_capstyle="round", zorder=3, marker=marker)
-        axes.plot(100 * both[CURVES[1]], color=DEPLOY, lw=1.8, zorder=4, marker=marker, ms=4)
-        axes.set_title(_wrapped(group.label), fontsize=11)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.grid(color=GRID)
-        axes.set_axisbelow(True)
-    figure.supxlabel("epochs trained", fontsize=12)
-    figure.supylabel("top-1 on validation [%]", fontsize=12)
-    handles = [
-        Line2D([], [], color=TRAIN_FORM, lw=5, label="train form, mean"),
-        Line2D([], [], color=DEPLOY, lw=1.8, label="deploy form, mean"),
-        Line2D([], [], color=SEEDS, lw=0.9, label="deploy form, seeds"),
-        Line2D([], [], color="#D0D5DA", lw=0.9, label="the other groups"),
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False, fontsize=11)
     return (
         figure,
         "Top-1 on the validation images after every epoch, of both forms: where the thin line lies in the "
         "middle of the thick one, the forms score the same.",
     )
+
+
+def _losses(comparison: Comparison) -> tuple[Figure, str] | None:
+    """The same of the loss, with that of the training images."""
+    figure = _learning(comparison, LOSSES[1:], "loss", 1, training=LOSSES[0])
+    if figure is None:
+        return None
+    return (
+        figure,
+        "Loss on the validation images after every epoch, of both forms, and its mean over the epoch's training images as "
+        "the recipe has them (augmentation, label smoothing, mixup).",
+    )
+
+
+def _learning(
+    comparison: Comparison, forms: Sequence[str], label: str, factor: float, training: str | None = None
+) -> Figure | None:
+    """Panels of a metric of the train form and of the deploy form; the legend says what is drawn."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    names = [*forms, *([] if training is None else [training])]
+    means = [{name: factor * _mean_curve(group, name) for name in names} for group in comparison.groups]
+    if all(curve.empty for curves in means for curve in curves.values()):
+        return None
+    train, deploy = forms
+    several = any(len(group.runs) > 1 for group in comparison.groups)
+    of_mean = ", mean" if several else ""
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "other": ("the other groups", {"color": "#D0D5DA", "lw": 0.9, "zorder": 1}),
+        "seed": ("deploy form, seeds", {"color": SEEDS, "lw": 0.9, "zorder": 2}),
+        "training": (f"training images{of_mean}", {"color": PAPER, "lw": 1.4, "ls": "--", "zorder": 3}),
+        "train": (f"train form{of_mean}", {"color": TRAIN_FORM, "lw": 5, "solid_capstyle": "round", "zorder": 4}),
+        "deploy": (f"deploy form{of_mean}", {"color": DEPLOY, "lw": 1.8, "ms": 4, "zorder": 5}),
+    }
+    drawn = set()
+    figure, panels = _panels(len(comparison.groups), height=2.3)
+    for group, axes, own in zip(comparison.groups, panels, means, strict=True):
+        curves = [("other", others[deploy]) for others in means if others is not own]
+        curves += [("seed", factor * _curve(run, deploy)) for run in group.runs if len(group.runs) > 1]
+        curves += [] if training is None else [("training", own[training])]
+        for kind, curve in [*curves, ("train", own[train]), ("deploy", own[deploy])]:
+            if not curve.empty:
+                drawn.add(kind)
+                marker = "o" if len(curve) == 1 and kind != "other" else None
+                axes.plot(curve, marker=marker, **styles[kind][1])
+        if len(comparison.groups) > 1:
+            axes.set_title(_wrapped(group.label), fontsize=11)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(color=GRID)
+        axes.set_axisbelow(True)
+    figure.supxlabel("epochs trained", fontsize=12)
+    figure.supylabel(label, fontsize=12)
+    handles = [Line2D([], [], label=words, **style) for kind, (words, style) in styles.items() if kind in drawn]
+    figure.legend(handles=handles[::-1], loc="outside upper right", ncols=5, frameon=False, fontsize=11)
+    return figure
 
 
 def _curve(run: Run, name: str) -> pd.Series[float]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from repvgg.influence import comparable, flat, is_under, splits_groups
 from repvgg.report import table
-from repvgg.report.runs import Run
+from repvgg.report.runs import UNREADABLE, Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,10 +177,10 @@ def compare(
     _know_the_same(keys, said)
     trained, repeats = _newest(trained, keys, said)
     left += repeats
-    measured = [run for run in trained if table.top1(run)[:2] != (None, None)]
+    measured = [run for run in trained if any(top1 is not None and isfinite(top1) for top1 in table.top1(run)[:2])]
     left += [(run, "finished without a top-1") for run in trained if run not in measured]
     if not measured:
-        raise ValueError(_nothing(runs, left))
+        raise ValueError(" ".join([_nothing(runs, left), *(note for note in notes if "Not counted" in note)]))
 
     by_key: dict[str, list[Run]] = {}
     for run in measured:
@@ -228,14 +229,26 @@ def compare(
 
 def _usable(runs: Sequence[Run], said: list[str]) -> tuple[list[Run], list[tuple[Run, str]]]:
     evaluations = [run for run in runs if run.evaluation]
-    foreign = [run for run in runs if not run.evaluation and run.choice("ablation") is None]
+    # One that cannot be read may well have an ablation.
+    foreign = [
+        run for run in runs if not run.evaluation and run.status != UNREADABLE and run.choice("ablation") is None
+    ]
     for kind, which in (("evaluations of checkpoints", evaluations), ("of no ablation", foreign)):
         if which:
             names = ", ".join(run.name for run in which[:5]) + (", …" if len(which) > 5 else "")
             said.append(f"{len(which)} of the runs are {kind} and left out: {names}.")
     rest = [run for run in runs if run not in evaluations and run not in foreign]
-    left = [(run, run.error or run.status) for run in rest if run.status != "finished"]
-    return [run for run in rest if run.status == "finished"], left
+    reasons = {run: _why_left(run) for run in rest}
+    return [run for run in rest if reasons[run] is None], [
+        (run, why) for run, why in reasons.items() if why is not None
+    ]
+
+
+def _why_left(run: Run) -> str | None:
+    """Why a run is in no mean; None for one that finished."""
+    if run.status == "dry_run" or (run.config.get("trainer") or {}).get("fast_dev_run"):
+        return "a dry run, trainer.fast_dev_run"
+    return None if run.status == "finished" else run.error or run.status
 
 
 def _nothing(runs: Sequence[Run], left: Sequence[tuple[Run, str]]) -> str:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from repvgg.files import replacing
 from repvgg.report.record import RECORD, RunRecord, read_record
-from repvgg.report.runs import hydra_record
+from repvgg.report.runs import NO_RESULT, UNREADABLE, hydra_record
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,6 @@ def _record(job: Path, hydra: dict[str, Any]) -> RunRecord:
     try:
         return read_record(job)
     except FileNotFoundError:
-        return RunRecord(job, "no result", config, error=f"it ended, or was stopped, before it wrote {RECORD}")
-    except ValueError as error:
-        return RunRecord(job, "unreadable", config, error=str(error))
+        return RunRecord(job, NO_RESULT, config, error=f"it ended, or was stopped, before it wrote {RECORD}")
+    except (OSError, ValueError) as error:
+        return RunRecord(job, UNREADABLE, config, error=str(error))

@@ -34,7 +34,7 @@ def write_page(comparison: Comparison, out: Path, title: str | None = None) -> l
     """
     require_own(out)
     drawn = charts.charts(comparison)
-    text = markdown(comparison, {name: words for name, (_, words) in drawn.items()}, title)
+    text = markdown(comparison, {name: words for name, (_, words) in drawn.items()}, title, with_files=True)
     pictures = {
         f"{PICTURES}/{name}.{kind}": content
         for name, (figure, _) in drawn.items()
@@ -79,7 +79,7 @@ def _accuracy(comparison: Comparison) -> str:
     rows = []
     for group in comparison.groups:
         d = group.difference
-        paper = comparison.paper.number(group.runs[0], "top1")
+        paper = comparison.paper.beside(group.runs[0], "top1")
         rows.append(
             {
                 **_named(comparison, group),
@@ -116,6 +116,7 @@ def _forms(comparison: Comparison) -> str:
                 **{name: _spread(group, name) for name in (table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF)},
                 table.PAPER_INT8: _spread(group, table.PAPER_INT8),
                 **{name: _spread(group, name) for name in (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP)},
+                table.SPREAD: _spread(group, table.SPREAD),
                 f"{words} speed, × {comparison.reference}": "" if ours is None else f"{ours:.2f}",
                 "paper": "" if ours is None or theirs is None or not of_base else f"{theirs / of_base:.2f}",
             }
@@ -134,7 +135,8 @@ def _spread(group: Group, column: str) -> str:
     if spread is None:
         return ""
     text = table.NUMBERS[column]
-    without = (table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.LOGIT_DIFF, table.INT8_LOGIT_DIFF, table.PAPER_INT8)
+    counts = (table.PARAMS_TRAIN, table.PARAMS_DEPLOY)
+    without = (*counts, table.LOGIT_DIFF, table.INT8_LOGIT_DIFF, table.PAPER_INT8, table.SPREAD)
     with_sd = spread.sd is not None and column not in without
     return (
         f"{text(spread.mean)} ± {text(spread.sd).lstrip('+')}"
@@ -220,8 +222,10 @@ def group_frame(comparison: Comparison) -> pd.DataFrame:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def markdown(comparison: Comparison, pictures: Mapping[str, str], title: str | None = None) -> str:
-    """The page's text; `pictures` are names and captions of files in `pictures/`, none where there are no files."""
+def markdown(
+    comparison: Comparison, pictures: Mapping[str, str], title: str | None = None, *, with_files: bool = False
+) -> str:
+    """The page's text; `pictures` are names and captions of files in `pictures/`, `with_files`: the CSV files too."""
 
     def picture(name: str) -> str:
         words = pictures.get(name)
@@ -231,7 +235,7 @@ def markdown(comparison: Comparison, pictures: Mapping[str, str], title: str | N
     parts = [
         f"# {_escaped(title or default_title(comparison))}\n",
         _list(facts(comparison)),
-        "The numbers: [data.csv](data.csv), a row per run, and [groups.csv](groups.csv).\n" if pictures else "",
+        "The numbers: [data.csv](data.csv), a row per run, and [groups.csv](groups.csv).\n" if with_files else "",
         "## In short\n",
         _list(reading(comparison)),
         "## Top-1\n",
@@ -240,8 +244,9 @@ def markdown(comparison: Comparison, pictures: Mapping[str, str], title: str | N
         "## Both forms\n",
         made["forms"],
         picture("speed"),
-        "" if "curves" not in pictures else "## Learning curves\n",
+        "" if {"curves", "losses"}.isdisjoint(pictures) else "## Learning curves\n",
         picture("curves"),
+        picture("losses"),
         "" if "branches" not in pictures else "## Branches\n",
         picture("branches"),
         "## Runs that are in no mean\n" if comparison.left else "",
@@ -269,9 +274,12 @@ def facts(comparison: Comparison) -> list[str]:
     first, last = (f"{time:%Y-%m-%d %H:%M}" for time in (times[0], times[-1])) if times else ("", "")
     when = f"{first} to {last} UTC{unknown}" if times else "the runs do not say"
     versions = _values(runs, lambda config: _joined(config.get("versions")))
+    compared = f"Compared: {_plural(len(comparison.groups), 'group')}{by}, {_plural(len(runs), 'finished run')}"
+    if len(runs) == 1:
+        compared = f"One finished run, `{runs[0].name.replace('`', '')}`"
     return [
-        f"Compared: {_plural(len(comparison.groups), 'group')}{by}, {_plural(len(runs), 'finished run')}"
-        + (f", seeds {seeds}" if seeds else "")
+        compared
+        + (f", seed{'s' * (len(runs) > 1)} {seeds}" if seeds else "")
         + (f"; {_plural(len(comparison.left), 'run')} in no mean (below)" if comparison.left else ""),
         *([f"In common: {shared}"] if shared else []),
         *([f"Settings: {settings}"] if (settings := _values(runs, _settings)) else []),
@@ -357,12 +365,14 @@ def reading(comparison: Comparison) -> list[str]:
         lines.append(f"One pair of seeds has no interval: {_named_differences(single)}. Train more seeds.")
     if same:
         lines.append(f"Every pair differs by the same, so there is no spread to go by: {_named_differences(same)}.")
-    if not different:
+    if len(comparison.groups) == 1:
+        lines += _top1_alone(comparison.groups[0])
+    elif not different:
         lines.append("No group is compared with another: there is no reference among them.")
     gaps = [abs(gap) for group in comparison.groups for gap in group.values[table.TOP1_DIFF].dropna()]
     if gaps:
         lines.append(
-            f"Both forms score the same in all {_plural(len(gaps), 'run')}."
+            f"Both forms score the same{f' in all {len(gaps)} runs' if len(gaps) > 1 else ''}."
             if max(gaps) < EQUAL
             else f"The two forms of a run differ by at most {max(gaps):.2f} percentage points of top-1."
         )
@@ -379,6 +389,12 @@ def reading(comparison: Comparison) -> list[str]:
         )
     else:
         lines.append("No run measured the speed of its forms.")
+    if within := [run for run in comparison.runs if table.within_spread(run)]:
+        names = ", ".join(_escaped(run.name) for run in within[:5]) + (", …" if len(within) > 5 else "")
+        lines.append(
+            f"Of {_plural(len(within), 'run')} the speed-up lies within the spread of its own measurement, and says "
+            f"nothing: {names}. Something else used the machine, or both forms are as fast."
+        )
     if (comparison.unevenness or 1) > UNEVEN:
         lines.append(
             f"One and the same deployed network was measured at speeds up to {comparison.unevenness:.1f} times apart, "
@@ -393,6 +409,13 @@ def reading(comparison: Comparison) -> list[str]:
     return lines
 
 
+def _top1_alone(group: Group) -> list[str]:
+    """Of a page with one group."""
+    forms = {"as trained": table.TOP1_TRAIN, "deployed": table.TOP1_DEPLOY}
+    said = [f"{number} % {form}" for form, column in forms.items() if (number := _spread(group, column))]
+    return [f"Top-1: {', '.join(said)}."]
+
+
 def _of_int8(group: Group) -> float | None:
     spread = group.spread(table.INT8_DIFF) if table.INT8_DIFF in group.values else None
     return None if spread is None else spread.mean
@@ -404,14 +427,17 @@ def _named_differences(of: Sequence[tuple[Group, Difference]]) -> str:
 
 def limits(comparison: Comparison) -> list[str]:
     """What the page does not say: Markdown, one line each."""
+    alone = len(comparison.runs) == 1
     lines = [
         "A group is the runs whose logged config is equal in every value but the seed and what cannot change a result: "
         "names and places, logging, the loader's threads. The commit does not separate groups; it is named.",
     ]
+    if alone:
+        lines = ["One run says nothing of what another seed gives."]
     if any("test/deploy/top1" in run.metrics or "test/top1" in run.metrics for run in comparison.runs):
         lines.append(
-            "Top-1 is the best checkpoint's on the validation images that also chose it, so it is too high, for all "
-            "groups alike; ± is the standard deviation (n − 1) over seeds."
+            "Top-1 is the best checkpoint's on the validation images that also chose it, so it is too high"
+            + ("." if alone else ", for all groups alike; ± is the standard deviation (n − 1) over seeds.")
         )
     pairs = [len(g.difference.by_seed) for g in comparison.groups if g.difference is not None]
     if pairs:
@@ -493,6 +519,7 @@ def commands(runs: Sequence[Run]) -> tuple[list[str], int]:
 def default_title(comparison: Comparison) -> str:
     """As in `Ablations of repvgg_b0 on digits`."""
     what = {"ablation": "Ablations", "model": "Models", "recipe": "Recipes"}.get(comparison.over or "", "Runs")
+    what = "A run" if len(comparison.runs) == 1 else what
     of = f" of {comparison.shared['model']}" if "model" in comparison.shared else ""
     on = f" on {comparison.shared['data']}" if "data" in comparison.shared else ""
     return f"{what}{of}{on}"

@@ -91,28 +91,46 @@ def write_record(
 def read_record(path: str | Path) -> RunRecord:
     """The record of a run directory, or of a `result.json` itself.
 
-    Raises FileNotFoundError if there is none, and ValueError if it is not a record.
+    Raises FileNotFoundError if there is none, another OSError if it cannot be read, and ValueError if it is not a
+    record.
     """
     path = Path(path)
     if path.is_dir():
         path = path / RECORD
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        require_config(content["config"])
+        ended = datetime.fromisoformat(content["ended"]) if content.get("ended") is not None else None
         return RunRecord(
             run_dir=path.parent,
-            status=content["status"],
+            status=str(content["status"]),
             config=content["config"],
             metrics={name: float(value) for name, value in content["metrics"].items()},
             objective=None if content["objective"] is None else float(content["objective"]),
-            error=content["error"],
-            # records had none at first
-            ended=None if content.get("ended") is None else datetime.fromisoformat(content["ended"]),
+            error=None if content["error"] is None else str(content["error"]),
+            ended=ended if ended is None or ended.tzinfo else ended.replace(tzinfo=UTC),  # records had none at first
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not the record of a run ({type(error).__name__}: {error}). A record is written by write_record "
             "and holds status, config, metrics, objective and error. Run the job again, or remove the file."
         ) from error
+
+
+#: What a config holds nodes under, of those that are read here.
+NODES = ("choices", "net", "block", "data", "recipe", "trainer", "callbacks", "bench", "run", "git", "versions")
+
+
+def require_config(config: Any) -> None:
+    """Raise ValueError for what is no config of a run, from whatever file it is."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"its config is {type(config).__name__}, not a mapping")
+    for node in NODES:
+        if not isinstance(config.get(node) or {}, Mapping):
+            raise ValueError(f"{node} is {config[node]!r:.40}, not a mapping")
+    seed = config.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | float) or seed != seed // 1):
+        raise ValueError(f"seed is {seed!r:.40}, not a whole number")
 
 
 def read_history(path: str | Path) -> pd.DataFrame:

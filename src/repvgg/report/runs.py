@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repvgg import wandb_file
+from repvgg.identity import FILE as IDENTITY
 from repvgg.report.offline import OfflineRun, read_offline_run
-from repvgg.report.record import HISTORY, RECORD, RunRecord, read_history, read_record
+from repvgg.report.record import HISTORY, RECORD, RunRecord, read_history, read_record, require_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 #: `runs=wandb:ENTITY/PROJECT` or `wandb:ENTITY/PROJECT/GROUP`.
 ONLINE = "wandb:"
 CURVES = ("val/top1", "val/deploy/top1")
+LOSSES = ("train/loss", "val/loss", "val/deploy/loss")
 SHARE = "health/share/"
 #: Where Hydra keeps what a job was started with, and Lightning's CSVLogger the config.
 HYDRA, HPARAMS = ".hydra", "hparams.yaml"
+NO_RESULT, UNREADABLE = "no result", "unreadable"
 
 
 def no_history() -> pd.DataFrame:
@@ -42,7 +45,7 @@ class Run(RunRecord):
     """A run of any source.
 
     `name` is its directory, relative to what was asked for, or its name in W&B; `ids` are W&B's. `history` has the
-    columns epoch, step, metric, value of `read_history`, and the metrics `CURVES` and `health/share/*` alone.
+    columns epoch, step, metric, value of `read_history`, and the metrics `CURVES`, `LOSSES` and `health/share/*` alone.
     `overrides` are those of Hydra's command line, None if they are not known. Of a run read `online`, `ended` is when
     W&B last heard of it.
     """
@@ -95,12 +98,29 @@ def read_runs(where: Sequence[str]) -> tuple[list[Run], list[str]]:
 
 def _read_below(root: Path, notes: list[str]) -> Iterator[Run]:
     directories, loose = _find(root)
+    not_begun = []
     for directory in sorted(directories):
         run = read_directory(directory, directories[directory], notes)
-        yield dataclasses.replace(run, name=directory.relative_to(root).as_posix())
+        name = directory.relative_to(root).as_posix()
+        if run.status == NO_RESULT and not _has_begun(run):
+            not_begun.append(name)
+        else:
+            yield dataclasses.replace(run, name=name)
+    if not_begun:
+        names = ", ".join(not_begun[:5]) + (", …" if len(not_begun) > 5 else "")
+        notes.append(
+            f"Not counted: {len(not_begun)} folders in which nothing began, such as of refused commands: {names}."
+        )
     for file in loose:  # W&B's files alone, as when they were copied from elsewhere
         run = read_directory(file.parent, [file], notes)
         yield dataclasses.replace(run, run_dir=file, name=file.relative_to(root).as_posix())
+
+
+def _has_begun(run: Run) -> bool:
+    """Whether a run without a result has left more than what Hydra writes about any command."""
+    of_loggers = [*(run.run_dir / "wandb").glob("*"), *_csv_files(run.run_dir)]
+    left = [run.run_dir / IDENTITY, *(run.run_dir / "checkpoints").glob("*"), *of_loggers]
+    return any(path.exists() for path in left)
 
 
 def _find(root: Path) -> tuple[dict[Path, list[Path]], list[Path]]:
@@ -131,7 +151,7 @@ def read_directory(directory: Path, wandb_files: Sequence[Path], notes: list[str
         record = read_record(directory)
     except FileNotFoundError:
         pass  # killed before its end, or W&B's files alone
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         unreadable = str(problem)
     tables = _csv_files(directory)
     offline: list[OfflineRun] = []
@@ -147,7 +167,13 @@ def read_directory(directory: Path, wandb_files: Sequence[Path], notes: list[str
     last = offline[-1] if offline else None
 
     status, error = _status(record, last, unreadable)
-    config = dict((record and record.config) or (last and last.config) or _hparams(directory) or {})
+    config: dict[str, Any] = {}
+    try:
+        config = dict((record and record.config) or (last and last.config) or _hparams(directory) or {})
+        require_config(config)
+        require_config(hydra)
+    except ValueError as problem:
+        config, hydra, status, error = {}, {}, UNREADABLE, f"the config that is logged: {problem}"
     config.setdefault("choices", hydra.get("choices", {}))
     config.setdefault("seed", hydra.get("seed"))
     if "callbacks" in hydra:  # of a run whose logged config has none
@@ -174,8 +200,8 @@ def _status(record: RunRecord | None, last: OfflineRun | None, unreadable: str |
         if record is not None:
             return record.status, record.error
         if unreadable is not None:
-            return "unreadable", unreadable
-        return "no result", f"it ended, or was stopped, before it wrote {RECORD}"
+            return UNREADABLE, unreadable
+        return NO_RESULT, f"it ended, or was stopped, before it wrote {RECORD}"
     if not last.finished:
         # A record is written before W&B is waited for; an older one than the file's start is of an earlier start.
         if record is not None and record.ended and last.started and record.ended >= last.started:
@@ -196,6 +222,7 @@ def hydra_record(job: Path) -> dict[str, Any]:
     As much of it as there is.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     found: dict[str, Any] = {}
@@ -210,18 +237,19 @@ def hydra_record(job: Path) -> dict[str, Any]:
         config: Any = OmegaConf.to_container(OmegaConf.load(job / HYDRA / "config.yaml"))
         found["seed"] = config.get("seed")
         found["callbacks"] = config.get("callbacks")
-    except (FileNotFoundError, YAMLError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, YAMLError, OmegaConfBaseException):
         pass  # hydra.output_subdir=null, or a job that died early: the name of the directory is left to go by
     return found
 
 
 def _hparams(directory: Path) -> dict[str, Any] | None:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         content = OmegaConf.to_container(OmegaConf.load(directory / HPARAMS))
-    except (FileNotFoundError, YAMLError):  # killed before, or while it was written
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # killed before, or while it was written
         return None
     return {str(name): value for name, value in content.items()} if isinstance(content, dict) else None
 
@@ -250,7 +278,7 @@ def _csv_history(files: Sequence[Path], notes: list[str]) -> pd.DataFrame:
     for file in files:
         try:
             parts.append(_kept(read_history(file)))
-        except ValueError as error:
+        except (OSError, ValueError, TypeError) as error:
             if file.name != HISTORY or file.stat().st_size:  # killed before its first line
                 notes.append(f"Not read: {error}")
             parts.append(no_history())
@@ -259,14 +287,14 @@ def _csv_history(files: Sequence[Path], notes: list[str]) -> pd.DataFrame:
 
 def _kept(history: pd.DataFrame) -> pd.DataFrame:
     metric = history["metric"]
-    return history[metric.isin(CURVES) | metric.str.startswith(SHARE)].reset_index(drop=True)
+    return history[metric.isin((*CURVES, *LOSSES)) | metric.str.startswith(SHARE)].reset_index(drop=True)
 
 
 def _long(wide: pd.DataFrame) -> pd.DataFrame:
     """W&B's rows in the form of `read_history`."""
     import pandas as pd
 
-    names = [name for name in wide.columns if name in CURVES or name.startswith(SHARE)]
+    names = [name for name in wide.columns if name in (*CURVES, *LOSSES) or name.startswith(SHARE)]
     if not names:
         return no_history()
     step = wide["trainer/global_step"] if "trainer/global_step" in wide else wide["_step"]
@@ -353,15 +381,20 @@ def read_online(place: str) -> list[Run]:
 def _online_run(run: Any) -> Run:
     import pandas as pd
 
-    needed = [["epoch", "trainer/global_step", name] for name in CURVES]
+    needed = [["epoch", "trainer/global_step", name] for name in (*CURVES, *LOSSES)]
     parts = [pd.DataFrame(list(run.scan_history(keys=keys)), columns=keys) for keys in needed]
     config = {key: value for key, value in dict(run.config).items() if not key.startswith("_")}
+    status, error = run.state, None if run.state == "finished" else f"W&B calls it {run.state}"
+    try:
+        require_config(config)
+    except ValueError as problem:
+        config, status, error = {}, UNREADABLE, f"the config that is logged: {problem}"
     return Run(
         run_dir=Path(run.name),
-        status=run.state,
+        status=status,
         config=config,
         metrics=_numbers(dict(run.summary)),
-        error=None if run.state == "finished" else f"W&B calls it {run.state}",
+        error=error,
         name=run.name,
         ids=(run.id,),
         started=_utc(run.created_at),

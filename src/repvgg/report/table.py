@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from repvgg.influence import flat
 from repvgg.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+CONF = EXPERIMENTS.parent / "conf"
 TABLE6 = EXPERIMENTS / "table6.yaml"
 #: What else has a paper's numbers of accuracy, beside the paper's tables; for the runs of that experiment alone.
 OTHERS = ("int8.yaml",)
@@ -44,8 +47,34 @@ class Paper:
         return name if name in (self.ablations or self.models) and is_full else None
 
     def number(self, record: RunRecord, name: str) -> float | None:
-        """`top1`, `top1_int8` (fractions of 1), or `images_per_s_*`, of a run's row; None where the paper has none."""
+        """`top1`, `top1_int8` (fractions of 1), or `images_per_s_*`, of a run's row; None where the paper has none.
+
+        Whatever the run was trained with: for the order of rows and their differences.
+        """
         return self.rows.get(self.row(record) or "", {}).get(name)
+
+    def beside(self, record: RunRecord, name: str) -> float | None:
+        """As `number`, for a run that is what the number stands for; None for one that departs from it."""
+        return None if self.departures(record) else self.number(record, name)
+
+    def departures(self, record: RunRecord) -> dict[str, tuple[Any, Any]]:
+        """Where a run is not what its row's numbers stand for: by key, the run's value and the paper's.
+
+        Of network, input and recipe, as far as the run's config says them. A choice that differs stands for the values
+        that it brings.
+        """
+        row = self.row(record)
+        if row is None:
+            return {}
+        choices = {**self.choices, **({} if self.ablations else {"model": row})}
+        found: dict[str, tuple[Any, Any]] = {
+            group: (record.choice(group), choice) for group, choice in choices.items() if record.choice(group) != choice
+        }
+        for group, values in _values_of(choices["model"], row if self.ablations else "full", choices["recipe"]).items():
+            if group not in found:
+                pairs = {key: (_value_at(record.config, key, value), value) for key, value in values.items()}
+                found |= {key: (ours, value) for key, (ours, value) in pairs.items() if ours != value}
+        return found
 
     @property
     def rows(self) -> Mapping[str, Mapping[str, float]]:
@@ -135,6 +164,43 @@ def _joined(papers: Sequence[Paper]) -> Paper:
     return replace(papers[0], name=f"Tables {numbers_of}", ablations=ablations)
 
 
+@cache
+def _values_of(model: str, ablation: str, recipe: str) -> Mapping[str, Mapping[str, Any]]:
+    """Dotted keys and values of what the paper trained, by the choice that brings them; `experiment`: by none."""
+    from omegaconf import OmegaConf
+
+    def values(name: str, node: str) -> dict[str, Any]:
+        content: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+        return {f"{node}.{key}": value for key, value in flat(content)}
+
+    usual = {"net.groups": 1, "net.squeeze_excite": False, "net.in_channels": 3}  # of train.yaml
+    trained = values(f"recipe/{recipe}", "recipe")
+    data = values("data/imagenet", "data")
+    whole = (
+        "init_from",
+        "trainer.limit_train_batches",
+        "trainer.limit_val_batches",
+        "callbacks.ema",
+        "callbacks.resize",
+    )
+    return {
+        "model": {**usual, **values(f"model/{model}", "net")},
+        "ablation": {"block.stage": None, **values(f"ablation/{ablation}", "block")},
+        "data": {f"data.{key}": data[f"data.{key}"] for key in ("num_classes", "resolution", "stem_stride")},
+        "recipe": {**trained, "trainer.max_epochs": trained["recipe.epochs"], **dict.fromkeys(whole)},
+    }
+
+
+def _value_at(config: Mapping[str, Any], key: str, unknown: Any) -> Any:
+    """The value of a dotted key, and `unknown` where the config does not have it."""
+    node: Any = config
+    for name in key.split("."):
+        if not isinstance(node, Mapping) or name not in node:
+            return unknown
+        node = node[name]
+    return node
+
+
 # --- columns: the header, and how a number is printed -------------------------------------------------------------
 
 
@@ -157,8 +223,16 @@ LOGIT_DIFF = "logits rel. L2 difference"
 #: Of runs with int8=…; in no table without one.
 TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF = "top-1 int8 [%]", "int8 − deploy [pp]", "int8 logits rel. L2 difference"
 SPEED_TRAIN, SPEED_DEPLOY, SPEED_UP = "train form [images/s]", "deploy [images/s]", "speed-up [×]"
+#: Of the rounds of a run's own measurement, see `repvgg.learn.throughput`.
+SPREAD = "spread of its rounds [±%]"
 PAPER_TOP1, PAPER_INT8 = "paper top-1 [%]", "paper int8 top-1 [%]"
 PAPER_SPEED = {"train_form": "paper train form [images/s]", "deploy": "paper deploy [images/s]"}
+
+#: In a table only where a run has one.
+OPTIONAL = (
+    *(TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF, SPREAD, PAPER_TOP1, PAPER_INT8),
+    *PAPER_SPEED.values(),
+)
 
 NUMBERS: dict[str, Callable[[float], str]] = {
     PARAMS_TRAIN: _count,
@@ -173,6 +247,7 @@ NUMBERS: dict[str, Callable[[float], str]] = {
     SPEED_TRAIN: _rate,
     SPEED_DEPLOY: _rate,
     SPEED_UP: lambda value: f"{value:.2f}",
+    SPREAD: lambda value: f"{value:.0f}",
     PAPER_TOP1: _percent,
     PAPER_INT8: _percent,
     **dict.fromkeys(PAPER_SPEED.values(), _rate),
@@ -198,7 +273,8 @@ def int8_top1(record: RunRecord) -> float | None:
 def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
     """One row per run in the given order, whatever its status; what a run did not measure is missing.
 
-    Of the paper's speeds there is the form's that its table has. Columns of int8 are there if any run measured it.
+    The paper's numbers stand beside the runs that they are of. Columns of int8, of the paper and of the spread of a
+    measurement are there if any run has a number in them.
     """
     import pandas as pd
 
@@ -226,17 +302,13 @@ def table(records: Sequence[RunRecord], paper: Paper) -> pd.DataFrame:
                 SPEED_TRAIN: metrics.get("bench/train_form/images_per_s"),
                 SPEED_DEPLOY: metrics.get("bench/deploy/images_per_s"),
                 SPEED_UP: metrics.get("bench/speedup"),
-                PAPER_TOP1: _times(100, paper.number(record, "top1")),
-                PAPER_INT8: _times(100, paper.number(record, "top1_int8")),
-                **{name: paper.number(record, f"images_per_s_{form}") for form, name in PAPER_SPEED.items()},
+                SPREAD: _times(100, metrics.get("bench/spread")),
+                PAPER_TOP1: _times(100, paper.beside(record, "top1")),
+                PAPER_INT8: _times(100, paper.beside(record, "top1_int8")),
+                **{name: paper.beside(record, f"images_per_s_{form}") for form, name in PAPER_SPEED.items()},
             }
         )
-    others = {name for form, name in PAPER_SPEED.items() if form != paper.speed}
-    if all(row[TOP1_INT8] is None for row in rows):
-        others |= {TOP1_INT8, INT8_DIFF, INT8_LOGIT_DIFF, PAPER_INT8}
-    if not any("top1_int8" in row for row in paper.rows.values()):
-        others.add(PAPER_INT8)
-    numbers = [name for name in NUMBERS if name not in others]
+    numbers = [name for name in NUMBERS if name not in OPTIONAL or any(row[name] is not None for row in rows)]
     frame = pd.DataFrame(rows, columns=[RUN, STATUS, MODEL, ABLATION, SEED, *numbers])
     counts = dict.fromkeys((SEED, PARAMS_TRAIN, PARAMS_DEPLOY), "Int64")
     return frame.astype(counts | {name: "float64" for name in numbers if name not in counts})
@@ -249,19 +321,15 @@ def _times(factor: float, value: float | None) -> float | None:
 def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
     """What a reader must know to read the table right, one sentence or two each."""
     lines = []
-    foreign = sorted(
-        {
-            f"{group} {record.choice(group) or 'unknown'}"
-            for record in records
-            for group, choice in paper.choices.items()
-            if record.choice(group) != choice
-        }
-    )
-    if foreign:
+    departing = {key: pair for record in records for key, pair in paper.departures(record).items()}
+    if departing:
         gpu = ", a 1080Ti for the images/s" if paper.speed else ""
+        said = ", ".join(f"{key} {_short(ours)} (there {_short(theirs)})" for key, (ours, theirs) in departing.items())
+        several = len({paper.row(record) for record in records}) > 1
+        all_the_same = " The differences and the order of its rows are given all the same." if several else ""
         lines.append(
-            f"The paper's columns are of {paper.setting} ({paper.name}; one run each{gpu}). They are not "
-            f"comparable with runs of {', '.join(foreign)}."
+            f"The paper's {paper.name} is of {paper.setting} (one run each{gpu}). Its numbers do not stand beside runs "
+            f"that depart from that: {said}.{all_the_same}"
         )
     unfinished = [record for record in records if record.status == "finished" and top1(record)[2] == "val"]
     if unfinished:
@@ -279,6 +347,17 @@ def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
                 f"Run {record.run_dir.name}: {record.status}{reason}. Its numbers, if any, are the last it wrote."
             )
     return lines
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def within_spread(record: RunRecord) -> bool:
+    """Whether a run's speed-up is no further from 1 than the rounds of its measurement from one another."""
+    up, spread = record.metrics.get("bench/speedup"), record.metrics.get("bench/spread")
+    return up is not None and spread is not None and abs(up - 1) <= spread
 
 
 def bench_settings(record: RunRecord) -> str:
@@ -380,7 +459,9 @@ def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    styles = {"finished": "green", "failed": "bold red", "interrupted": "yellow"}
+    styles = {"finished": "green", "failed": "bold red"} | dict.fromkeys(
+        ("interrupted", "stopped", "dry_run"), "yellow"
+    )
     out = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for i, name in enumerate(header):
         # Headers may wrap between words; numbers never.
