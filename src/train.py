@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from repvgg.checkpoints import fitting_choices
 from repvgg.cli import (
@@ -128,6 +128,14 @@ def build_trainer(cfg: DictConfig, environment: object) -> "pl.Trainer":
     return trainer
 
 
+def smallest_side(cfg: DictConfig) -> int:
+    """Of the training images in any epoch, in pixels."""
+    sizes = [cfg.data.train_transform.get("size", cfg.data.resolution)]
+    for key in ("start", "end"):
+        sizes.append(OmegaConf.select(cfg, f"callbacks.resize.{key}") or sizes[0])
+    return int(min(sizes))
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Check, build, run; returns the deploy form's top-1, which a sweep maximises."""
@@ -148,14 +156,14 @@ def main(cfg: DictConfig) -> float | None:
         import pytorch_lightning as pl
         from hydra.utils import instantiate
 
-        from repvgg.learn.batchnorm import check_batchnorm
+        from repvgg.learn.batchnorm import check_batchnorm, require_values
         from repvgg.learn.checkpoint import newest_whole, require_continuable
         from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
-        from repvgg.learn.optim import batch_per_device
+        from repvgg.learn.optim import batch_per_device, require_optimizer
         from repvgg.learn.ranks import live_and_die_together
-        from repvgg.learn.run import describe, environment, introduction, train_and_test
+        from repvgg.learn.run import LoggedConfig, describe, environment, introduction, train_and_test
         from repvgg.model import initialize, read_weights
 
         require_keywords(cfg)
@@ -169,6 +177,7 @@ def main(cfg: DictConfig) -> float | None:
         identity = identify(cfg, choices, checkpoints)
         resumed = newest_whole(checkpoints)
         module = instantiate(cfg.module)
+        require_optimizer(module.make_optimizer, module.lr)
         if cfg.init_from is not None and resumed is None:
             weights = read_weights(cfg.init_from, cfg.weights)
             with fitting_choices(weights, choices["ablation"]):
@@ -183,11 +192,12 @@ def main(cfg: DictConfig) -> float | None:
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
         trainer = build_trainer(cfg, ranks)
         share = batch_per_device(cfg.recipe.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
+        together = share * (trainer.world_size if cfg.batchnorm == "sync" else 1)
+        require_values(together, smallest_side(cfg), cfg.net.get("strides", []))
         datamodule = instantiate(cfg.datamodule, batch_size=share)
         config = {**logged_config(cfg, choices), **environment(trainer)}
         config["bench"]["device"] = config["device"]
-        for logger in trainer.loggers:  # where a W&B run begins
-            logger.log_hyperparams(config)
+        trainer.callbacks.append(LoggedConfig(config))  # type: ignore[attr-defined]
 
     if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))

@@ -160,6 +160,7 @@ def recorded(
     status: Status = "failed"
     error: str | None = None
     exit_code = 1
+    refused = False
     try:
         yield
         status, exit_code = "finished", 0
@@ -170,6 +171,7 @@ def recorded(
         raise
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
+        refused = isinstance(failure, ValueError) and trainer.global_step == 0  # clear_errors says it
         raise
     finally:
         if status != "finished":
@@ -180,8 +182,7 @@ def recorded(
                 write_record(directory, status=status, config=config, metrics=metrics, objective=value, error=error)
         finally:  # after the record, since W&B may have to be waited for; without one too, where the disk is full
             close_loggers(trainer, metrics, exit_code, preempted=exit_code not in (0, 1, 130))
-        # A wrong value that is found by setting up the training is answered by its error alone.
-        if trainer.is_global_zero and (status != "failed" or trainer.global_step > 0):
+        if trainer.is_global_zero and not refused:
             said = {"interrupted": f"interrupted by {error}", "dry run": f"was a dry run ({error})"}.get(status, status)
             log.info(conclusion(config["run"]["name"], said, metrics, directory))
 

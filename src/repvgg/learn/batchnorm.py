@@ -24,7 +24,8 @@ batch, so that all ranks read the same and a resumed run, which begins with thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ def check_batchnorm(batchnorm: str, accelerator: str = "gpu", devices: object = 
         raise ValueError(
             f"batchnorm=sync with trainer.devices={devices} on CPUs: torch's SyncBatchNorm works on GPUs only. "
             "Choose batchnorm=mean or batchnorm=rank0"
+        )
+
+
+def require_values(images: int, side: int, strides: Sequence[int]) -> None:
+    """Raise ValueError where a BatchNorm of the last stage would see one value per channel, which torch refuses.
+
+    Args:
+        images: that one BatchNorm normalises together.
+        side: of the training images, in pixels.
+        strides: of the stages.
+    """
+    for stride in strides:
+        side = math.ceil(side / stride)
+    if images * side**2 == 1:
+        raise ValueError(
+            "recipe.batch_size leaves one image of one pixel to the last stage's BatchNorms, which need two values per "
+            "channel: raise recipe.batch_size, or data.resolution"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import wandb
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import DummyExperiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from repvgg import wandb_file
@@ -140,6 +141,15 @@ class RunLogger(WandbLogger):
         self._wandb_init.pop("anonymous", None)
         self._asked_for = mode
         self._gone = False
+        self._begun = False
+
+    @property
+    def experiment(self) -> Any:
+        """W&B's run, once something has been logged; until then Lightning's dummy.
+
+        Lightning asks for it before it has looked at data, optimiser and schedule: a run that they refuse is none.
+        """
+        return super().experiment if self._begun else DummyExperiment()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
@@ -151,14 +161,14 @@ class RunLogger(WandbLogger):
         Raises:
             ValueError: online without a key, or the server refused the key, the project or the entity.
         """
-        if self._experiment is None:
-            self._start()
+        self._begin()
         with self._while_it_lives():
             super().log_hyperparams(params)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """As Lightning's; a warning, once, where W&B's helper process is gone."""
+        self._begin()
         with self._while_it_lives():
             super().log_metrics(metrics, step)
 
@@ -177,6 +187,11 @@ class RunLogger(WandbLogger):
                     error,
                 )
             self._gone = True
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._start()
 
     def _start(self) -> None:
         generated = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
@@ -238,6 +253,7 @@ class RunLogger(WandbLogger):
 
         A table is an artifact, for which the client asks the server at once; everything else it keeps and sends later.
         """
+        self._begin()
         try:
             with self._while_it_lives():
                 super().log_table(key, *args, **kwargs)

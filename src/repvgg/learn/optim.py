@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -126,6 +126,14 @@ def scaled_lr(lr: float, lr_batch: int, batch_size: int) -> float:
     Linear (Goyal et al. 2017, section 2.1): A0 loses 3 points top-1 when the batch grows 8× and lr stays.
     """
     return lr * batch_size / lr_batch
+
+
+def require_optimizer(make: Callable[..., Optimizer], lr: float) -> None:
+    """Raise ValueError for values that an optimiser refuses, such as a negative momentum, before there is a run."""
+    try:
+        make([nn.Parameter(torch.zeros(1))], lr=lr)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe.optimizer: {error}") from error
 
 
 def warmup_then_cosine(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LambdaLR:

@@ -55,6 +55,25 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
+class LoggedConfig(pl.Callback):
+    """Gives the loggers a run's config, with which a W&B run begins, when nothing can be refused any more.
+
+    That is when the first batch is about to be trained, or tested where the training is complete.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config: dict[str, Any] | None = config
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once."""
+        if self.config is not None:
+            for logger in trainer.loggers:
+                logger.log_hyperparams(self.config)
+            self.config = None
+
+    on_test_start = on_train_start
+
+
 def train_and_test(
     trainer: pl.Trainer,
     module: Classifier,

@@ -306,8 +306,8 @@ def _losses(comparison: Comparison) -> tuple[Figure, str] | None:
         return None
     return (
         figure,
-        "Loss on the validation images after every epoch, of both forms, and its mean over the epoch's training images as "
-        "the recipe has them (augmentation, label smoothing, mixup).",
+        "Loss on the validation images after every epoch, of both forms, and its mean over the epoch's training images "
+        "as the recipe has them (augmentation, label smoothing, mixup).",
     )
 
 
