@@ -36,7 +36,7 @@ from repvgg.command import answering, require_keywords
 from repvgg.data.manifest import number_of_classes, require_files
 from repvgg.deploy.int8_options import require_int8
 from repvgg.git import git_sha
-from repvgg.identity import Identity, changes, claim, plain, require_typed_id, run_name, with_drawn_seed
+from repvgg.identity import Identity, changes, claim, hyper_parameters, require_typed_id, run_name, with_drawn_seed
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -197,12 +197,14 @@ def main(cfg: DictConfig) -> float | None:
         datamodule = instantiate(cfg.datamodule, batch_size=share)
         config = {**logged_config(cfg, choices), **environment(trainer)}
         config["bench"]["device"] = config["device"]
-        trainer.callbacks.append(LoggedConfig(config))  # type: ignore[attr-defined]
+        begin_logging = LoggedConfig(config)
+        trainer.callbacks.append(begin_logging)  # type: ignore[attr-defined]
 
     if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
         if continued is not None:
-            log.info(f"goes on from {cfg.ckpt_path} with {'; '.join(changes(continued, config)) or 'the same values'}")
+            differing = "; ".join(changes(continued, hyper_parameters(config)))
+            log.info(f"goes on from {cfg.ckpt_path} with {differing or 'the same values'}")
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             identity.write(cfg.output_dir)
     live_and_die_together()
@@ -210,11 +212,13 @@ def main(cfg: DictConfig) -> float | None:
     with (
         requeueing(),
         Signals() as signals,
-        clear_errors(lambda: trainer.global_step == 0),
+        clear_errors(lambda: begin_logging.config is not None),
         recorded(trainer, config, metrics, directory=cfg.output_dir, objective=OBJECTIVE),
         naming_lost_ranks(trainer.global_rank, trainer.world_size, cfg.output_dir),
     ):
-        metrics |= train_and_test(trainer, module, datamodule, resumed or cfg.ckpt_path, signals, plain(config))
+        metrics |= train_and_test(
+            trainer, module, datamodule, resumed or cfg.ckpt_path, signals, choices, hyper_parameters(config)
+        )
     return metrics.get(OBJECTIVE)
 
 

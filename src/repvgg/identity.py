@@ -225,11 +225,17 @@ def require_same(earlier: Identity, config: Mapping[str, Any], overrides: Sequen
             log.warning("the run was begun with %s %s, and goes on with %s", key, then[key], now[key])
 
 
-def changes(earlier: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """``recipe.lr 0.1 → 0.05`` for every key that can change a result and differs between two logged configs."""
-    then, now = dict(flat(earlier)), dict(flat(plain(config)))
-    told = [key for key in {**then, **now} if not may_differ(key) and key not in HOW_IT_BEGAN]
-    return [f"{key} {then.get(key)} → {now.get(key)}" for key in told if then.get(key) != now.get(key)]
+def hyper_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a logged config can change a result: dotted keys, plain types, none of the run's own paths."""
+    own = str(config["output_dir"])
+    values = flat(plain(config))
+    return {k: v for k, v in values if not may_differ(k) and k not in HOW_IT_BEGAN and not str(v).startswith(own)}
+
+
+def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``recipe.lr 0.1 → 0.05`` for every key that differs between two runs' :func:`hyper_parameters`."""
+    keys = {**earlier, **now}
+    return [f"{k} {earlier.get(k)} → {now.get(k)}" for k in keys if earlier.get(k) != now.get(k)]
 
 
 def _is_set_by(typed: str, key: str) -> bool:

@@ -129,7 +129,7 @@ def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tm
 
 def test_the_checkpoint_of_another_network_is_refused(digits: Path, tmp_path: Path) -> None:
     keeper = Checkpoints(str(tmp_path), monitor="val/top1")
-    keeper.config = {"choices": CHOICES}
+    keeper.run["choices"] = CHOICES
     run = trainer(tmp_path, [keeper], enable_checkpointing=True)
     module = classifier()
     run.fit(module, datamodule=datamodule(digits))

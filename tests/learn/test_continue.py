@@ -69,7 +69,7 @@ def train(
     run = trainer(directory, [EMA(0.9), record, *extra, keeper], **options)
     module = module or classifier(warmup_epochs=WARMUP, lr=LR)
     data = datamodule(digits, mixup=0.2, batch_size=batch)
-    train_and_test(run, module, data, ckpt_path, config={"choices": CHOICES})
+    train_and_test(run, module, data, ckpt_path, choices=CHOICES, hyper_parameters={"recipe.lr": 0.1})
     return record
 
 
@@ -266,7 +266,7 @@ def test_averaged_weights_begin_or_end_with_the_command(two: Path, digits: Path,
             first.update({name: value.clone() for name, value in pl_module.state_dict().items()})
 
     run = trainer(tmp_path, [Look(), keeper], max_epochs=3, enable_checkpointing=True)
-    train_and_test(run, module, datamodule(digits), two, config={"choices": CHOICES})
+    train_and_test(run, module, datamodule(digits), two, choices=CHOICES, hyper_parameters={"recipe.lr": 0.1})
     assert different(first, torch.load(two, weights_only=True)["current_model_state"]) == []
 
 
@@ -280,8 +280,8 @@ def refusal(path: Path, module: Classifier | None = None, *, batch_size: int = 6
 
 
 def test_what_fits_is_continued(two: Path) -> None:
-    config = require_continuable(two, CHOICES, classifier(), batch_size=64, epochs=EPOCHS)
-    assert config == {"choices": CHOICES}
+    theirs = require_continuable(two, CHOICES, classifier(), batch_size=64, epochs=EPOCHS)
+    assert theirs == {"recipe.lr": 0.1}
 
 
 def test_an_epoch_limit_that_is_passed_is_refused(two: Path) -> None:
@@ -317,7 +317,7 @@ def test_another_optimiser_is_refused_and_a_new_momentum_is_not(digits: Path, tw
 
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_with_is_refused(two: Path, tmp_path: Path) -> None:
     content = torch.load(two, weights_only=True)
-    del content[RUN]["config"]
+    del content[RUN]["hyper_parameters"]
     torch.save(content, tmp_path / "old.ckpt")
     assert "does not say what it was trained with: init_from=" in refusal(tmp_path / "old.ckpt")
 

@@ -129,7 +129,7 @@ def newest_whole(directory: str | Path) -> Path | None:
 def require_continuable(
     path: str | Path, choices: Mapping[str, str], module: Classifier, *, batch_size: int, epochs: int
 ) -> dict[str, Any]:
-    """Raise ValueError unless a training can go on from the file; returns the config that its run was logged with.
+    """Raise ValueError unless a training can go on from the file; returns the hyper-parameters of its run.
 
     Args:
         choices: of the config groups.
@@ -163,7 +163,7 @@ def require_continuable(
             "Give the model=, ablation=, data= and net.… of its run"
         )
     begin_anew = f"init_from={path} begins anew with its weights"
-    if "config" not in content.get(RUN, {}):
+    if "hyper_parameters" not in content.get(RUN, {}):
         raise ValueError(f"ckpt_path={path} does not say what it was trained with: {begin_anew}")
     position = content[POSITION]
     if position["epoch"] >= epochs:
@@ -174,8 +174,8 @@ def require_continuable(
     if position["name"] == "batches":
         require_whole_steps(position["images"], batch_size)
     _require_same_optimizer(path, content, module, begin_anew)
-    config: dict[str, Any] = content[RUN]["config"]
-    return config
+    hyper_parameters: dict[str, Any] = content[RUN]["hyper_parameters"]
+    return hyper_parameters
 
 
 def _require_same_optimizer(path: Path, content: Mapping[str, Any], module: Classifier, begin_anew: str) -> None:
@@ -236,8 +236,8 @@ class Checkpoints(Checkpoint):
         self.directory = Path(directory)
         self.monitor = monitor
         self.every_n_epochs = every_n_epochs
-        #: The run's config as it is logged, in plain types; every checkpoint holds it.
-        self.config: dict[str, Any] = {}
+        #: ``choices`` of the config groups and ``hyper_parameters`` of the run, which every checkpoint holds.
+        self.run: dict[str, Any] = {"choices": {}, "hyper_parameters": {}}
         self.best: dict[str, float] = {}
         #: What was logged last, also before a resume.
         self.metrics: dict[str, float] = {}
@@ -385,8 +385,7 @@ class Checkpoints(Checkpoint):
         metrics = {} if position["name"] == "complete" else metric_states(pl_module)
         checkpoint[RANKS] = _gathered({"random": random_state(pl_module.device), "metrics": metrics})
         self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        choices = self.config.get("choices", {})
-        checkpoint[RUN] = {"config": self.config, "choices": dict(choices), "metrics": dict(self.metrics)}
+        checkpoint[RUN] = {**self.run, "metrics": dict(self.metrics)}
 
     def _position(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The name of the position, its epoch, and how many batches and images of the epoch are done by all ranks."""

@@ -80,7 +80,8 @@ def train_and_test(
     datamodule: pl.LightningDataModule,
     ckpt_path: str | Path | None = None,
     signals: Signals | None = None,
-    config: Mapping[str, Any] | None = None,
+    choices: Mapping[str, str] | None = None,
+    hyper_parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Fit, then evaluate both forms of the best checkpoint on the validation images.
 
@@ -88,7 +89,8 @@ def train_and_test(
         ckpt_path: a checkpoint to continue from.
         signals: after which the training saves and leaves; while the best is tested they stop at once, since the
             training is then complete in the last checkpoint.
-        config: as it is logged, in plain types; every checkpoint holds it.
+        choices: of the config groups; checkpoints say them.
+        hyper_parameters: what else a result depends on, in plain types; checkpoints say them too.
 
     Returns:
         the last epoch's metrics, and ``test/*`` with ``test/best_epoch`` (from 0) of the best checkpoint. A dry run
@@ -103,7 +105,7 @@ def train_and_test(
         if isinstance(callback, Interruption):
             callback.signals = signals
         if isinstance(callback, Checkpoints):
-            callback.config = dict(config or {})
+            callback.run = {"choices": dict(choices or {}), "hyper_parameters": dict(hyper_parameters or {})}
     with signals.deferred() if signals is not None else nullcontext():
         trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     keeper = Checkpoints.of(trainer)
