@@ -98,7 +98,7 @@ def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Compa
     assert not re.search(r"url\(|@import", page.CSS)
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
-    assert text.count('<div class="scroll"><table>') == len(reader.tables) == 3
+    assert text.count('<div class="scroll"><table>') == len(reader.tables) == 4
     failed = reader.tables[-1][1]
     assert failed[:2] == ["0_id|<b>", "failed"]
     assert failed[-1] == "RuntimeError: <script>*no* | `good` at all"
@@ -106,7 +106,7 @@ def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Compa
 
 def test_the_tables_hold_the_numbers(comparison: Comparison, tmp_path: Path) -> None:
     page.write_page(comparison, tmp_path / "out")
-    accuracy, forms, _ = Reader((tmp_path / "out" / "report.html").read_text()).tables
+    accuracy, forms, speed, _ = Reader((tmp_path / "out" / "report.html").read_text()).tables
     plain = dict(zip(accuracy[0], accuracy[2], strict=True))
     assert plain == {
         "ablation": "plain",
@@ -120,7 +120,8 @@ def test_the_tables_hold_the_numbers(comparison: Comparison, tmp_path: Path) -> 
         "paper − full [pp]": "-2.75",
     }
     assert accuracy[1][:2] == ["full", "3"]
-    speeds = dict(zip(forms[0], forms[2], strict=True))
+    assert forms[0] == ["ablation", "deploy − train form [pp]"]
+    speeds = dict(zip(speed[0], speed[2], strict=True))
     assert speeds["train form [images/s]"] == "300 ± 0.0"
     assert speeds["speed-up [×]"] == "2.00 ± 0.00"
     assert (speeds["train form speed, × full"], speeds["paper"]) == ("1.50", f"{1810 / 1061:.2f}")
