@@ -1,6 +1,7 @@
 """Speeds of several networks: who is measured how often, and what they are measured with."""
 
 from functools import partial
+from statistics import median
 from types import MappingProxyType
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from repvgg.learn import speed
+from repvgg.learn.run import conclusion
 from repvgg.learn.throughput import Throughput
 from repvgg.model import memory_format_of
 from support.networks import tiny
@@ -50,3 +52,38 @@ def test_a_network_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Throughput, "seconds", seconds)
     with pytest.raises(ValueError, match="large with 2 images of 32 px does not fit into the memory of cpu: lower"):
         speed.measure({"large": tiny}, SMALL, **MEASURE)
+
+
+@pytest.mark.parametrize(
+    ("deploy", "spread"),
+    [
+        ([1.0] * 11, 0.0),
+        # Speed-ups of 2, 2.1, … 3: the 10th percentile is 2.1, the 90th 2.9, the median 2.5.
+        ([2 / (2 + i / 10) for i in range(11)], (2.9 - 2.1) / 2 / 2.5),
+        # One round in eleven that something else slowed down changes neither.
+        ([1.0] * 10 + [5.0], 0.0),
+        ([1.0], None),
+    ],
+)
+def test_the_spread_is_that_of_the_rounds_own_speed_ups(
+    deploy: list[float], spread: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Throughput, "seconds", lambda *_: [[2.0] * len(deploy), deploy])
+    measured = SMALL.compare(nn.Identity(), nn.Identity())
+    assert measured["bench/train_form/images_per_s"] == 1
+    assert measured["bench/speedup"] == measured["bench/deploy/images_per_s"] == pytest.approx(2 / median(deploy))
+    assert measured.get("bench/spread") == (None if spread is None else pytest.approx(spread))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"bench/speedup": 0.95, "bench/spread": 0.25}, "(×0.95, within the ±25% by which its rounds differ)"),
+        ({"bench/speedup": 1.2, "bench/spread": 0.25}, "(×1.20, within the ±25% by which its rounds differ)"),
+        ({"bench/speedup": 2.0, "bench/spread": 0.25}, "(×2.00)."),
+        ({"bench/speedup": 0.95}, "(×0.95)."),
+    ],
+)
+def test_the_last_line_says_where_a_speed_up_says_nothing(more: dict[str, float], says: str) -> None:
+    speeds = {"bench/train_form/images_per_s": 1000.0, "bench/deploy/images_per_s": 950.0}
+    assert f"1,000 → 950 images/s {says}" in conclusion("B0-s0", "finished", {**speeds, **more}, "/runs/x")

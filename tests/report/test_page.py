@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from repvgg.report import page, table
+from repvgg.report import charts, page, table
 from repvgg.report.compare import Comparison, compare
 from repvgg.report.record import RunRecord
 from repvgg.report.runs import Run, read_runs
@@ -98,7 +98,7 @@ def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Compa
     assert not re.search(r"url\(|@import", page.CSS)
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
-    assert text.count('<div class="scroll"><table>') == len(reader.tables) == 3
+    assert text.count('<div class="scroll"><table>') == len(reader.tables) == 4
     failed = reader.tables[-1][1]
     assert failed[:2] == ["0_id|<b>", "failed"]
     assert failed[-1] == "RuntimeError: <script>*no* | `good` at all"
@@ -106,7 +106,7 @@ def test_the_html_page_asks_for_nothing_and_holds_no_ones_html(comparison: Compa
 
 def test_the_tables_hold_the_numbers(comparison: Comparison, tmp_path: Path) -> None:
     page.write_page(comparison, tmp_path / "out")
-    accuracy, forms, _ = Reader((tmp_path / "out" / "report.html").read_text()).tables
+    accuracy, forms, speed, _ = Reader((tmp_path / "out" / "report.html").read_text()).tables
     plain = dict(zip(accuracy[0], accuracy[2], strict=True))
     assert plain == {
         "ablation": "plain",
@@ -120,7 +120,8 @@ def test_the_tables_hold_the_numbers(comparison: Comparison, tmp_path: Path) -> 
         "paper − full [pp]": "-2.75",
     }
     assert accuracy[1][:2] == ["full", "3"]
-    speeds = dict(zip(forms[0], forms[2], strict=True))
+    assert forms[0] == ["ablation", "deploy − train form [pp]"]
+    speeds = dict(zip(speed[0], speed[2], strict=True))
     assert speeds["train form [images/s]"] == "300 ± 0.0"
     assert speeds["speed-up [×]"] == "2.00 ± 0.00"
     assert (speeds["train form speed, × full"], speeds["paper"]) == ("1.50", f"{1810 / 1061:.2f}")
@@ -225,3 +226,61 @@ def test_int8_stands_beside_the_other_forms(make_run: Make, tmp_path: Path) -> N
     assert f"| int8 logits rel. L2 difference | {table.PAPER_INT8} |" in header
     assert "| 5.0e-01 | 52.20 |" in full
     assert "| 5.0e-01 | 70.40 |" in qarepvgg
+
+
+def test_one_run_is_described_as_one(make_run: Make, tmp_path: Path) -> None:
+    rows = ["epoch,step,train/loss,val/loss,val/deploy/loss,val/top1,val/deploy/top1"]
+    rows += [f"{epoch},{9 + epoch},,{1 - epoch / 10},{1 - epoch / 10},0.5,0.5" for epoch in range(3)]
+    rows += [f"{epoch},{8 + epoch},{2 - epoch / 10},,,," for epoch in range(3)]
+    shares = {f"health/share/stage{i}/{kind}": 0.5 for i in (1, 2) for kind in ("conv3x3", "identity")}
+    config = {"net": {"width_a": 0.25}}
+    run = make_run("a", seed=3, config=config)
+    run = make_run("b", seed=3, config=config, metrics={**run.metrics, **shares})
+    (run.run_dir / "metrics.csv").write_text("\n".join(rows) + "\n")
+    compared = compare(read_runs([str(run.run_dir)])[0])
+    page.write_page(compared, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith(
+        "# A run of repvgg_b0 on digits\n\n- One finished run, `b`, seed 3\n- Choices: model repvgg_b0,"
+    )
+    assert "- Top-1: 95.25 % as trained, 95.50 % deployed." in text
+    assert "net.width_a 0.25 (there 1)" in text
+    for empty in ("reference", "group ", "other groups", "± is", "pairs", "one standard deviation", "72.", "75.14", "Pareto"):
+        assert empty not in text, empty
+    assert "| ablation | n | top-1 train form [%] | top-1 deploy [%] |\n" in text
+    drawn = charts.charts(compared)
+    assert [*drawn] == ["speed", "curves", "losses", "branches"]
+    legends = {
+        name: [words.get_text() for legend in figure.legends for words in legend.get_texts()]
+        for name, (figure, _) in drawn.items()
+    }
+    assert legends == {
+        "speed": ["train form", "deploy form"],
+        "curves": ["deploy form", "train form"],
+        "losses": ["deploy form", "train form", "training images"],
+        "branches": ["conv3x3", "identity"],
+    }
+    training, _, deploy = drawn["losses"][0].axes[0].lines
+    assert list(training.get_ydata()) == pytest.approx([2.0, 1.9, 1.8])
+    assert list(deploy.get_ydata()) == pytest.approx([1.0, 0.9, 0.8])
+
+
+def test_a_speed_up_within_the_spread_of_its_measurement_is_said(make_run: Make, tmp_path: Path) -> None:
+    speeds = {"bench/train_form/images_per_s": 100.0, "bench/deploy/images_per_s": 95.0, "bench/speedup": 0.95}
+    top1 = {"test/top1": 0.5, "test/deploy/top1": 0.5}
+    for seed, spread in ((1, 0.04), (2, 0.25)):
+        make_run(f"seed-{seed}", seed=seed, metrics={**top1, **speeds, "bench/spread": spread})
+    compared = compare(read_runs([str(tmp_path)])[0])
+    said = [line for line in page.reading(compared) if "spread" in line]
+    assert said == [
+        "Of 1 run the speed-up lies within the spread of its own measurement, and says nothing: seed-2. Something else "
+        "used the machine, or both forms are as fast."
+    ]
+    header, _, row = page.tables(compared)["speed"].splitlines()
+    assert header.endswith(f"| {table.SPREAD} |")
+    assert row.endswith("| 0.95 ± 0.00 | 14 |")
+
+
+def test_cells_of_the_html_page_may_break() -> None:
+    """At 1200 px no table is wider than the page."""
+    assert "nowrap" not in page.CSS

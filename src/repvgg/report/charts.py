@@ -418,10 +418,10 @@ def _branches(comparison: Comparison) -> tuple[Figure, str] | None:
     figure.supylabel("share of the fused kernel", fontsize=12)
     handles = [Line2D([], [], label=kind, **style[kind]) for kind in kinds]
     figure.legend(handles=handles, loc="outside upper right", ncols=min(6, len(kinds)), frameon=False, fontsize=11)
+    over = "layers" if len(comparison.runs) == 1 else "layers and seeds, bars one standard deviation of the seeds"
     return figure, (
         "What part of the fused 3×3 kernel lies along each kind of branch at the end of training, by stage: means over "
-        "layers and seeds, bars one standard deviation of the seeds. A block's shares add up to 1; a negative one "
-        "works against the others."
+        f"{over}. A block's shares add up to 1; a negative one works against the others."
     )
 
 

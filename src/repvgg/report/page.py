@@ -70,8 +70,8 @@ def require_own(out: Path) -> None:
 
 
 def tables(comparison: Comparison) -> dict[str, str]:
-    """The page's tables in Markdown: `accuracy`, and `forms` with parameters and speed of both forms."""
-    return {"accuracy": _accuracy(comparison), "forms": _forms(comparison)}
+    """The page's tables in Markdown: `accuracy`; `forms`, how both forms compare; `speed`, empty if not measured."""
+    return {"accuracy": _accuracy(comparison), "forms": _forms(comparison), "speed": _speed(comparison)}
 
 
 def _accuracy(comparison: Comparison) -> str:
@@ -99,29 +99,36 @@ def _accuracy(comparison: Comparison) -> str:
 
 
 def _forms(comparison: Comparison) -> str:
+    names = (
+        *(table.PARAMS_TRAIN, table.PARAMS_DEPLOY, table.TOP1_DIFF, table.LOGIT_DIFF),
+        *(table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF, table.PAPER_INT8),
+    )
+    return _markdown(
+        [{**_named(comparison, g), **{name: _spread(g, name) for name in names}} for g in comparison.groups], comparison
+    )
+
+
+def _speed(comparison: Comparison) -> str:
     rows = []
     paper = comparison.paper
     speed = table.SPEED_TRAIN if paper.speed == "train_form" else table.SPEED_DEPLOY
     words = "train form" if paper.speed == "train_form" else "deploy"
+    key = f"images_per_s_{paper.speed}"
     for group in comparison.groups:
         base = comparison.base(group)
         ours = base and _ratio(group.spread(speed), base.spread(speed))
-        key = f"images_per_s_{paper.speed}"
         theirs, of_base = paper.number(group.runs[0], key), base and paper.number(base.runs[0], key)
+        names = (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP, table.SPREAD)
         rows.append(
             {
                 **_named(comparison, group),
-                **{name: _spread(group, name) for name in (table.PARAMS_TRAIN, table.PARAMS_DEPLOY)},
-                **{name: _spread(group, name) for name in (table.TOP1_DIFF, table.LOGIT_DIFF)},
-                **{name: _spread(group, name) for name in (table.TOP1_INT8, table.INT8_DIFF, table.INT8_LOGIT_DIFF)},
-                table.PAPER_INT8: _spread(group, table.PAPER_INT8),
-                **{name: _spread(group, name) for name in (table.SPEED_TRAIN, table.SPEED_DEPLOY, table.SPEED_UP)},
-                table.SPREAD: _spread(group, table.SPREAD),
+                **{name: _spread(group, name) for name in names},
                 f"{words} speed, × {comparison.reference}": "" if ours is None else f"{ours:.2f}",
                 "paper": "" if ours is None or theirs is None or not of_base else f"{theirs / of_base:.2f}",
             }
         )
-    return _markdown(rows, comparison)
+    measured = any(group.spread(table.SPEED_UP) is not None for group in comparison.groups)
+    return _markdown(rows, comparison) if measured else ""
 
 
 def _named(comparison: Comparison, group: Group) -> dict[str, str]:
@@ -243,6 +250,8 @@ def markdown(
         picture("top1"),
         "## Both forms\n",
         made["forms"],
+        "## Speed\n" if made["speed"] else "",
+        made["speed"],
         picture("speed"),
         "" if {"curves", "losses"}.isdisjoint(pictures) else "## Learning curves\n",
         picture("curves"),
@@ -272,7 +281,7 @@ def facts(comparison: Comparison) -> list[str]:
     times = sorted(run.when for run in runs if run.when is not None)
     unknown = f" ({len(runs) - len(times)} runs do not say)" if times and len(times) < len(runs) else ""
     first, last = (f"{time:%Y-%m-%d %H:%M}" for time in (times[0], times[-1])) if times else ("", "")
-    when = f"{first} to {last} UTC{unknown}" if times else "the runs do not say"
+    when = f"{first if first == last else f'{first} to {last}'} UTC{unknown}" if times else "the runs do not say"
     versions = _values(runs, lambda config: _joined(config.get("versions")))
     compared = f"Compared: {_plural(len(comparison.groups), 'group')}{by}, {_plural(len(runs), 'finished run')}"
     if len(runs) == 1:
@@ -281,7 +290,7 @@ def facts(comparison: Comparison) -> list[str]:
         compared
         + (f", seed{'s' * (len(runs) > 1)} {seeds}" if seeds else "")
         + (f"; {_plural(len(comparison.left), 'run')} in no mean (below)" if comparison.left else ""),
-        *([f"In common: {shared}"] if shared else []),
+        *([f"{'Choices' if len(runs) == 1 else 'In common'}: {shared}"] if shared else []),
         *([f"Settings: {settings}"] if (settings := _values(runs, _settings)) else []),
         f"Trained: {when}",
         f"On: {_values(runs, _machine)}" + (f"; {versions}" if versions else ""),
@@ -540,10 +549,13 @@ h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 em { color: var(--grey); }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; font-weight: 600; }
-td:not([style]) { white-space: normal; min-width: 6rem; }
-td:last-child:not([style]) { min-width: 22rem; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left; }
+th { vertical-align: bottom; font-weight: 600; }
+td:not([style]) { min-width: 4rem; }
+td:last-child:not([style]) { min-width: 18rem; overflow-wrap: anywhere; }
+td code { overflow-wrap: anywhere; }
+table:has(th:nth-child(9)) { font-size: .8rem; }
+table:has(th:nth-child(9)) :is(th, td) { padding: .35rem .4rem; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--page); }
 tbody tr:nth-child(even) { background: var(--stripe); }
 img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: 6px; padding: .4rem; }
