@@ -195,6 +195,12 @@ def test_every_recipe_builds_its_module_data_and_callbacks(recipe: str) -> None:
     assert all(c is None or isinstance(c, pl.Callback) for c in callbacks.values())
 
 
+def test_an_evaluation_takes_the_device_that_is_there() -> None:
+    assert config(root="evaluate").trainer.accelerator == "auto"
+    assert config("trainer=cpu", root="evaluate").trainer.accelerator == "cpu"
+    assert config().trainer.accelerator == "gpu"
+
+
 def test_recipes_keep_to_their_sources() -> None:
     old = config("recipe=paper_200")
     assert (old.recipe.epochs, old.recipe.warmup_epochs, old.recipe.label_smoothing) == (200, 5, 0.1)

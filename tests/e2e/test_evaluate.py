@@ -59,7 +59,7 @@ def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("evaluated")
     done = python(
         "evaluate",
-        *[f"ckpt={run}/checkpoints/best.ckpt", "trainer=cpu", "logger=wandb_offline", "confusion=true"],
+        *[f"ckpt={run}/checkpoints/best.ckpt", "logger=wandb_offline", "confusion=true"],
         f"hydra.run.dir={directory}",
     )
     assert re.search(r"train form +\d+\.\d\d +\d+\.\d\d +\d+\.\d{4}", done.stdout), done.stdout
