@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from repvgg.checkpoints import fitting_choices
+from repvgg.checkpoints import fitting_choices, require_three_channels
 from repvgg.checkpoints import settle as settle_checkpoint
 from repvgg.cli import (
     clear_errors,
@@ -21,7 +21,7 @@ from repvgg.cli import (
     require_read,
     run_group,
 )
-from repvgg.command import answering, require_keywords, require_right_values
+from repvgg.command import answering, require_keywords
 from repvgg.data.manifest import number_of_classes, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 from repvgg.identity import subject
@@ -54,7 +54,7 @@ def settle(cfg: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     typed = list(HydraConfig.get().overrides.task)
     settled = settle_checkpoint("evaluate", cfg.ckpt, typed)
     cfg, choices = settled.cfg, {group: settled.choices[group] for group in GROUPS}
-    require_right_values("evaluate", cfg, settled.choices)
+    require_three_channels(settled)
     if settled.origin:
         log.info(settled.origin)
 

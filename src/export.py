@@ -22,7 +22,7 @@ from repvgg.cli import (
     require_checkpoint,
     require_read,
 )
-from repvgg.command import answering, require_right_values
+from repvgg.command import answering
 from repvgg.data.manifest import DatasetMissingError, read_manifest, require_files, suggested
 from repvgg.deploy.int8_options import require_int8
 
@@ -259,14 +259,14 @@ def main(cfg: DictConfig) -> None:
         # Heavy imports from here on: a wrong command has been answered by now.
         import torch
 
-        from repvgg.checkpoints import load_network
+        from repvgg.checkpoints import load_network, require_three_channels
         from repvgg.deploy.check import check_file
         from repvgg.deploy.export import export_onnx, export_pt2
         from repvgg.deploy.preprocess import Preprocessing
 
         network = load_network("export", cfg.ckpt, typed, form=cfg.form, precision=torch.float32)
         cfg = network.settled.cfg
-        require_right_values("export", cfg, network.settled.choices)
+        require_three_channels(network.settled)
         for line in filter(None, (network.settled.origin, network.weights.taken)):
             print(line)
         crop: Any = cfg.data.val_transform

@@ -55,9 +55,10 @@ def plan(cfg: DictConfig) -> "Plan":
         from hydra.utils import instantiate
 
         from repvgg.learn import plan as count
-        from repvgg.learn.optim import parameter_groups, scaled_lr
+        from repvgg.learn.optim import parameter_groups, require_optimizer, scaled_lr
 
     require_keywords(cfg)
+    require_optimizer(instantiate(recipe.optimizer), recipe.lr)
     count.precision_dtypes(trainer.precision)
     train, val = (split(cfg, name) for name in ("train", "val"))
     if train.images is None:

@@ -73,8 +73,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
-    if arguments.top < 1:
-        parser.error(f"--top must be at least 1, got {arguments.top}")
+    for name in ("top", "threads"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
 
     unreadable: list[str] = []
     with clear_errors():

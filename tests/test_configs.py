@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from repvgg.cli import ROOT, logged_config, prepare_environment
+from repvgg.command import require_right_values
 from repvgg.identity import run_name
 from repvgg.model import Block, count_macs, count_parameters, to_deploy
 from repvgg.report.table import load_paper
@@ -43,7 +44,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(*overrides: str, root: str = "train") -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(root, [f"{k}" for k in overrides] + ([] if root != "train" else ["output_dir=/nowhere"]))
+        cfg = compose(root, [*overrides, "output_dir=/nowhere"])
+    require_right_values(root, cfg, {})  # whatever this repository's files say is in the table
+    return cfg
 
 
 def test_the_promised_choices_are_there() -> None:
@@ -51,7 +54,7 @@ def test_the_promised_choices_are_there() -> None:
     assert set(options("ablation")) == {*ABLATION_TRAIN_PARAMS, *DESIGN_TRAIN_PARAMS}
     assert {"imagenet", "digits", "folder"} <= set(options("data"))
     assert {"paper_120", "paper_200", "fast", "finetune", "quick"} <= set(options("recipe"))
-    assert {"default", "cpu", "ddp"} <= set(options("trainer"))
+    assert {"default", "auto", "cpu", "ddp"} <= set(options("trainer"))
     assert {"wandb", "wandb_offline", "csv"} <= set(options("logger"))
 
 
@@ -190,6 +193,12 @@ def test_every_recipe_builds_its_module_data_and_callbacks(recipe: str) -> None:
     # before the next batch is looked at; and averaged weights are swapped in before the others look
     assert list(callbacks)[:3] == ["interruption", "ema", "resize"]
     assert all(c is None or isinstance(c, pl.Callback) for c in callbacks.values())
+
+
+def test_an_evaluation_takes_the_device_that_is_there() -> None:
+    assert config(root="evaluate").trainer.accelerator == "auto"
+    assert config("trainer=cpu", root="evaluate").trainer.accelerator == "cpu"
+    assert config().trainer.accelerator == "gpu"
 
 
 def test_recipes_keep_to_their_sources() -> None:

@@ -18,6 +18,7 @@ from repvgg.cli import ROOT, logged_config, prepare_environment
 from repvgg.identity import (
     Identity,
     claim,
+    evaluation_folder,
     fingerprint,
     read_identity,
     require_same,
@@ -60,6 +61,20 @@ def test_folders_say_what_is_in_them() -> None:
     assert sweep_folder(_root_=swept).startswith("table6_on_digits-lr-")
     swept.hydra.overrides.task = ["model=repvgg_a0"]
     assert sweep_folder(_root_=swept).startswith("sweep-")
+
+
+def evaluation(**given: Any) -> str:
+    config = {"run": {"id": None}, "hydra": {"overrides": {"task": [f"ckpt={given.get('ckpt')}"]}}, **given}
+    return evaluation_folder(_root_=OmegaConf.create(config))
+
+
+def test_an_evaluations_folder_is_named_after_what_it_evaluates() -> None:
+    assert evaluation(ckpt="outputs/A0-full-s0-8c1f03/checkpoints/best.ckpt").startswith("eval-A0-full-s0-8c1f03-")
+    assert evaluation(ckpt="outputs/A0-full-s0-8c1f03/checkpoints/last.ckpt").startswith("eval-A0-full-s0-8c1f03-last-")
+    assert evaluation(ckpt="/x/RepVGG-A0 train.pth").startswith("eval-RepVGG-A0_train-")
+    assert evaluation(ckpt="a/b.pth") != evaluation(ckpt="c/b.pth")
+    assert evaluation(ckpt="b.pth", run={"id": "mine"}) == "eval-mine"
+    assert len(evaluation(ckpt=f"{'x' * 240}.pth")) < 100
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "-a", "a b", ".", "x" * 65])

@@ -165,6 +165,13 @@ def settle(config_name: str, checkpoint: str | Path, typed: Sequence[str]) -> Se
     )
 
 
+def require_three_channels(settled: Settled) -> None:
+    """Raise ValueError for a network that does not take images, which have three channels in every data set."""
+    channels = settled.cfg.net.get("in_channels", 3)
+    if channels != 3:
+        raise ValueError(f"the checkpoint's network has net.in_channels={channels}, and images have 3 channels")
+
+
 # --- what the run says, and the file ----------------------------------------------------------------------------------
 
 

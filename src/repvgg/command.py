@@ -10,6 +10,7 @@ import inspect
 import itertools
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,11 @@ class CheckInputs(Callback):
             # A cluster's jobs may see files that are not here.
             check = None if "slurm" in str(config.hydra.launcher._target_).lower() else _command.check
             loader = GlobalHydra.instance().config_loader()
-            for number, overrides in enumerate(_jobs(config)):
+            typed = _parsed(config)
+            fixed = [override.key_or_group for override in typed if not override.is_sweep_override()]
+            with read_write(config.hydra.overrides), open_dict(config.hydra.overrides):  # for ${job_folder:}
+                config.hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys={fixed}")
+            for number, overrides in enumerate(_jobs(config, typed)):
                 try:
                     job = loader.load_sweep_config(config, overrides)
                     _check(job, "hydra.sweep.dir", check)
@@ -145,21 +150,30 @@ def require_right_values(name: str, cfg: DictConfig, choices: Mapping[str, Any])
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        broken = [_in_one_line(error)]
+        broken = [_in_one_line(error, unresolved)]
     if wrong := list(wrong_values(name, config, {str(k): v for k, v in unresolved.items()}, groups)) or broken:
         raise ValueError("\n".join(wrong))
 
 
-def _in_one_line(error: OmegaConfBaseException) -> str:
-    return f"{error.full_key}: {str(error).splitlines()[0]}"
+def _in_one_line(error: OmegaConfBaseException, unresolved: Any = None) -> str:
+    """With the key whose own value it is, not of the first that refers to it."""
+    said = str(error).splitlines()[0]
+    missing = re.search(r"Interpolation key '([\w.]+)' not found", said)
+    own = [k for k, v in leaves(unresolved or {}) if missing is not None and f"${{{missing[1]}}}" in str(v)]
+    return f"{own[0] if own else error.full_key}: {said}"
 
 
-def _jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job of a grid; of a search, whose jobs are not known, each value and bound once."""
+def _parsed(config: DictConfig) -> list[Override]:
+    """What a sweep's sweeper reads: its own parameters, then what was typed."""
     params = OmegaConf.to_container(config.hydra.sweeper, resolve=True).get("params") or {}  # type: ignore[union-attr]
     typed = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    axes = {override.get_key_element(): _values(override) for override in parser.parse_overrides(typed)}
+    return list(parser.parse_overrides(typed))
+
+
+def _jobs(config: DictConfig, typed: Sequence[Override]) -> list[list[str]]:
+    """The overrides of every job of a grid; of a search, whose jobs are not known, each value and bound once."""
+    axes = {override.get_key_element(): _values(override) for override in typed}
     if str(config.hydra.sweeper._target_).endswith("BasicSweeper"):
         jobs = list(itertools.product(*axes.values()))
     else:
@@ -230,15 +244,11 @@ def _said(error: Exception, name: str, arguments: Sequence[str]) -> str:
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     if isinstance(error, OverrideParseException):
         return str(error)
-    null = [group for group in map(_group_that_is_null, overrides) if group is not None]
-    if null:
-        return f"{null[0]}=null: choose {', '.join(options(null[0]))}"
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group = override.key_or_group
+        if options(group) and not override.is_sweep_override() and not isinstance(override.value(), str | list):
+            return f"{override.input_line}: choose {', '.join(options(group))}"
     return _unknown_key(name, overrides) or str(error).strip()
-
-
-def _group_that_is_null(override: str) -> str | None:
-    group, _, value = override.lstrip("+").partition("=")
-    return group if value in ("null", "") and options(group) else None
 
 
 def _unknown_key(name: str, overrides: Sequence[str]) -> str | None:

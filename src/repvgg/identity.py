@@ -86,6 +86,34 @@ def sweep_folder(*, _root_: DictConfig) -> str:
     return f"{named or 'sweep'}-{fingerprint(typed)}"
 
 
+def job_folder(*, _root_: DictConfig) -> str:
+    """`${job_folder:}`: the number of a sweep's job, and what varies in the sweep.
+
+    The keys that do not are in `hydra.job.config.override_dirname.exclude_keys`, where `repvgg.command` puts them.
+    """
+    fixed = _root_.hydra.job.config.override_dirname.exclude_keys
+    varied = ",".join(sorted(o for o in _root_.hydra.overrides.task if key_of(o) not in fixed))
+    return _file_name("_".join(filter(None, [str(_root_.hydra.job.num), varied])))
+
+
+def evaluation_folder(*, _root_: DictConfig) -> str:
+    """`${evaluation_folder:}`: "eval", `run.id` or what is evaluated (a run's folder, a file), and the fingerprint."""
+    if _root_.run.id is not None:
+        return f"eval-{require_id(str(_root_.run.id))}"
+    file = Path(str(_root_.ckpt)).absolute()
+    of_a_run = file.parent.name == "checkpoints"
+    name = "-".join([file.parent.parent.name, *([] if file.stem == "best" else [file.stem])]) if of_a_run else file.stem
+    return f"{_file_name(f'eval-{name}')}-{fingerprint(_root_.hydra.overrides.task)}"
+
+
+def _file_name(text: str, length: int = 80) -> str:
+    """The text as a file's name, shortened; a hash then tells it from others that begin alike."""
+    name = re.sub(r"[^\w.,=+~-]", "_", text, flags=re.ASCII)
+    if len(name) <= length:
+        return name
+    return f"{name[: length - HASH_LENGTH - 1]}-{hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]}"
+
+
 def _has_several(value: str) -> bool:
     """Whether an override sweeps: commas outside of brackets, or one of Hydra's functions."""
     outside = re.sub(r"\[[^\[\]]*\]|\{[^{}]*\}", "", value)
@@ -124,6 +152,8 @@ def require_id(name: str) -> str:
 
 OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+OmegaConf.register_new_resolver("evaluation_folder", evaluation_folder, replace=True)
 
 
 @dataclass(frozen=True)

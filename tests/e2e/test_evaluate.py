@@ -59,7 +59,7 @@ def evaluated(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("evaluated")
     done = python(
         "evaluate",
-        *[f"ckpt={run}/checkpoints/best.ckpt", "trainer=cpu", "logger=wandb_offline", "confusion=true"],
+        *[f"ckpt={run}/checkpoints/best.ckpt", "logger=wandb_offline", "confusion=true"],
         f"hydra.run.dir={directory}",
     )
     assert re.search(r"train form +\d+\.\d\d +\d+\.\d\d +\d+\.\d{4}", done.stdout), done.stdout
@@ -209,7 +209,7 @@ def test_a_training_begins_with_the_weights_of_a_file(
     [
         ("evaluate", [], ["ckpt=PATH is missing", "RUN/checkpoints/best.ckpt"]),
         ("evaluate", ["ckpt=/none.pth"], ["/none.pth: there is no such file"]),
-        ("evaluate", ["ckpt={train}", "forms=deply"], ["forms=deply", "both, train or deploy"]),
+        ("evaluate", ["ckpt={train}", "forms=deply"], ["forms=deply", "both, train, deploy or null"]),
         ("evaluate", ["ckpt={train}", "recipe.lr=1"], ["recipe.lr=1", "does not read recipe"]),
         ("evaluate", ["ckpt={train}", "resolution=64", "resize=32"], ["resize=32", "resolution="]),
         (
@@ -218,14 +218,14 @@ def test_a_training_begins_with_the_weights_of_a_file(
             ["val: /none/val.beton", "python src/write_dataset.py"],
         ),
         ("evaluate", ["ckp={train}"], ["Did you mean ckpt?"]),
-        ("evaluate", ["ckpt={train}", "int8=int4"], ["int8=int4: choose onnxruntime or torch"]),
+        ("evaluate", ["ckpt={train}", "int8=int4"], ["int8=int4: choose onnxruntime, torch or null"]),
         (
             "evaluate",
             ["ckpt={train}", "int8=torch", "quantizer.method=max"],
             ["quantizer.method=max: int8=torch"],
         ),
         ("evaluate", ["ckpt={train}", "int8=torch", "forms=train"], ["forms=train leaves out: choose forms=both"]),
-        ("train", ["int8=true"], ["int8=true: choose onnxruntime or torch"]),
+        ("train", ["int8=true"], ["int8=true: choose onnxruntime, torch or null"]),
         ("train", ["init_from={train}", "ckpt_path=last"], ["init_from begins", "give one of them"]),
         ("train", ["init_from=/none.pth"], ["there is no file /none.pth"]),
         (

@@ -56,7 +56,7 @@ def test_an_int8_file_is_written_and_compared(weights: Path, digits: Path, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["int8=int4"], "int8=int4: choose onnxruntime or torch"),
+        (["int8=int4"], "int8=int4: choose onnxruntime, torch or null"),
         (["int8=torch"], "int8=torch to=onnx form=deploy: a file in int8 is the deploy form in ONNX"),
         (["int8=onnxruntime", "to=pt2"], "Choose int8=onnxruntime to=onnx form=deploy"),
         (["int8=onnxruntime", "form=train"], "Choose int8=onnxruntime to=onnx form=deploy"),

@@ -174,6 +174,12 @@ def test_multirun_of_two_processes_each(data: list[str], tmp_path: Path) -> None
             ["PadCrop cannot change its size", "callbacks.resize=null"],
         ),
         (["data=digits", "recipe=finetune"], ["recipe=finetune needs init_from=PATH"]),
+        (["data=digits", "ckpt_path=/none"], ["ckpt_path=/none: there is no file /none"]),
+        heavy([*DIGITS, "recipe.batch_size=1"], ["recipe.batch_size leaves one image of one pixel"]),
+        heavy([*DIGITS, "recipe.optimizer.momentum=-1"], ["recipe.optimizer: Invalid momentum value"]),
+        heavy([*DIGITS, "+trainer.gpus=1"], ["Trainer takes no gpus. Did you mean trainer.devices?"]),
+        heavy([*DIGITS, "trainer.strategy=foo"], ["trainer: You selected an invalid strategy"]),
+        heavy([*DIGITS, "data.num_classes=12"], ["10 classes, data.num_classes=12"]),
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else "",
 )

@@ -180,6 +180,8 @@ def test_labels_say_what_differs_and_are_unique(make_run: Make) -> None:
     c = make_run(2, "id", seed=1)
     assert table.labels([a, b, c]) == ["plain seed 0", "id seed 0", "id seed 1"]
     assert table.labels([a]) == ["(0)"]
+    long = make_run("7_" + "recipe.lr=0.1," * 9 + "seed=1", "id")
+    assert table.labels([b, c, long])[2] == "seed 0 (7_recipe.lr=0.1,…pe.lr=0.1,seed=1)"
     assert table.labels([a, b, make_run(3, "id")]) == ["plain (0)", "id (1)", "id (3)"]
 
 

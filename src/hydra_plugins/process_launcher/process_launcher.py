@@ -181,6 +181,7 @@ def _of_the_sweep(key: str) -> bool:
     return parts[1:2] in (["launcher"], ["sweep"], ["sweeper"], ["mode"]) or parts[1:3] in (
         ["run", "dir"],
         ["job", "num"],
+        ["job", "config"],
     )
 
 

@@ -16,6 +16,8 @@ def require_devices(accelerator: str, devices: int | str | Sequence[int], precis
         ValueError: more GPUs than there are, or float16 on a CPU, where Lightning would
             quietly take bfloat16.
     """
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if accelerator == "cpu":
         if str(precision) in HALF_ON_GPU_ONLY:
             raise ValueError(

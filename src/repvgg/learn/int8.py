@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +88,9 @@ class Quantizer:
 def quantizer(backend: str | None, **options: Any) -> Quantizer | None:
     """A :class:`Quantizer`, or None without a backend."""
     return None if backend is None else Quantizer(backend, **options)
+
+
+quantizer.__signature__ = inspect.signature(Quantizer)  # type: ignore[attr-defined]  # so that no other keyword is taken
 
 
 def disagreement(apart: Disagreement) -> dict[str, Tensor]:

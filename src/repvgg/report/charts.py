@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,10 @@ def _below(row: int, n: int) -> list[float]:
 
 
 def _wrapped(label: str) -> str:
-    return label.replace(", ", ",\n", 1) if len(label) > 24 else label
+    if len(label) <= 24:
+        return label
+    lines = label.replace(", ", ",\n", 1)
+    return lines if len(lines) <= 70 else textwrap.fill(label, 34, max_lines=3, placeholder=" …")
 
 
 def _at_least(axes: Any, width: float, highest: float | None = None) -> None:

@@ -383,7 +383,12 @@ def labels(records: Sequence[RunRecord]) -> list[str]:
     names = [" ".join(filter(None, (values[i] for i in varying))) for values in described]
     if len(set(names)) == len(names) and all(names):
         return names
-    return [f"{name} ({record.run_dir.name})".strip() for name, record in zip(names, records, strict=True)]
+    return [f"{name} ({_short(record.run_dir.name)})".strip() for name, record in zip(names, records, strict=True)]
+
+
+def _short(name: str) -> str:
+    """A directory's name that fits beside a picture: its ends tell it from others."""
+    return name if len(name) <= 34 else f"{name[:16]}…{name[-16:]}"
 
 
 # --- the three forms of output --------------------------------------------------------------------------------------
