@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,11 @@ def check(cfg: DictConfig) -> tuple[str, Path]:
             key = "classes" if path == cfg.classes else "check_images"
             raise ValueError(f"{key}={path}: there is no such file")
     to, out = target(cfg)
+    if to != "onnx" and any(override.startswith("opset=") for override in typed):
+        raise ValueError(f"opset={cfg.opset} is of ONNX: leave it out with to={to}")
     if cfg.int8 is not None:
+        if cfg.opset < 13:
+            raise ValueError(f"opset={cfg.opset}: int8 has a scale per channel, which ONNX has from opset=13 on")
         require_int8(cfg.int8, cfg.quantizer.method, method_key="quantizer.method")
         if (cfg.int8, to, cfg.form) != ("onnxruntime", "onnx", "deploy"):
             raise ValueError(
@@ -269,7 +274,8 @@ def main(cfg: DictConfig) -> None:
         pixels, what = images_of(cfg, preprocessing)
         names = classes_of(cfg, cfg.net.num_classes)
         with beside(out) as file:
-            (export_onnx if to == "onnx" else export_pt2)(
+            write = partial(export_onnx, opset=cfg.opset) if to == "onnx" else export_pt2
+            write(
                 network.net,
                 file,
                 input_size=(cfg.net.in_channels, crop.size, crop.size),
@@ -295,10 +301,11 @@ def main(cfg: DictConfig) -> None:
                     print(f"  {line}", flush=True)
             size = file.stat().st_size
         pixels_or_not = "pixels 0 … 255" if cfg.normalize else "normalised pixels"
+        version = f", opset {cfg.opset}" if to == "onnx" else ""
         in_int8 = "" if cfg.int8 is None else " in int8"
         side = "height × width" if cfg.dynamic_size else f"{crop.size} × {crop.size}"
         print(
-            f"{out}: {network.form} form{in_int8}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
+            f"{out}: {network.form} form{in_int8}{version}, {size / 2**20:.1f} MiB; {pixels_or_not}, "
             f"N × {cfg.net.in_channels} × {side}, to logits, N × {cfg.net.num_classes}; "
             f"{'no' if names is None else 'with'} class names"
         )

@@ -302,3 +302,46 @@ def test_a_failed_export_leaves_the_old_file(net: nn.Module, tmp_path: Path, mon
             write(net, tmp_path / name, input_size=(3, 32, 32))
         assert (tmp_path / name).read_text() == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.pt2"]
+
+
+@pytest.fixture(scope="module")
+def both_forms(train_form: nn.Module, written: Path) -> dict[str, onnx.ModelProto]:
+    path = written / "train.onnx"
+    export_onnx(train_form, path, input_size=(3, 32, 32), dynamic_size=True)
+    return {"deploy": onnx.load(written / "free.onnx"), "train": onnx.load(path)}
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17])
+@pytest.mark.parametrize("form", ["deploy", "train"])
+def test_an_older_opset_is_the_same_function(
+    form: str, opset: int, both_forms: dict[str, onnx.ModelProto], train_form: nn.Module, tmp_path: Path
+) -> None:
+    """With ReduceMean's axes as an attribute, BatchNorm and Slice: with free sizes, in two runtimes."""
+    path, x = tmp_path / "net.onnx", images(3, 3, 40, 56)
+    proto = copy.deepcopy(both_forms[form])
+    export._lower(proto, opset)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(each.domain, each.version) for each in proto.opset_import] == [("", opset)]
+    assert proto.ir_version == {11: 6, 13: 7, 17: 8}[opset]  # of ONNX 1.6, 1.8 and 1.12
+    assert not any(tensor.name.startswith("ReduceMean") for tensor in proto.graph.initializer)
+    path.write_bytes(proto.SerializeToString())
+    for runtime in ("onnxruntime", "openvino"):
+        assert distance(load_program(path, runtime)(x), train_form(x).detach()) < CLOSE
+
+
+def test_the_file_asks_for_no_newer_reader_than_its_opset(written: Path) -> None:
+    assert onnx.load(written / "fixed.onnx").ir_version == 8  # of ONNX 1.13, which has opset 18
+
+
+def test_an_opset_that_lacks_an_operator_is_refused(tmp_path: Path) -> None:
+    class Squares(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("nchw,nchw->nc", x, x)
+
+    net = Squares().eval()
+    for opset in (10, 19):
+        with pytest.raises(ValueError, match=rf"opset={opset}: choose from 11 to 18"):
+            export_onnx(net, tmp_path / "net.onnx", input_size=(3, 32, 32), opset=opset)
+    with pytest.raises(ValueError, match=r"opset=11 cannot say .*Einsum.*; opset=18 can"):
+        export_onnx(net, tmp_path / "net.onnx", input_size=(3, 32, 32), opset=11)
+    assert not list(tmp_path.iterdir())

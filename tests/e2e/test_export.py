@@ -16,7 +16,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import export as entry_point
+from repvgg.deploy.export import OLDEST_OPSET, OPSET
 from repvgg.deploy.runtimes import load_program
+from repvgg.inputs import TABLES
 from repvgg.model import to_deploy
 from support.commands import TRAIN, only_run, small
 from support.exported import distance, images, network
@@ -74,7 +76,7 @@ def test_the_file_is_compared_with_torch_on_validation_images(
     lines = re.findall(r"(\w+) [\d.]+, 32 × 32: max \|Δlogit\| (\S+), relative L2 (\S+), top-1 agreement 1.0000", said)
     assert [runtime for runtime, _, _ in lines] == ["onnxruntime", "openvino"]
     assert all(0 < float(difference) < 1e-5 for _, _, difference in lines)
-    assert f"{path}: deploy form" in said
+    assert f"{path}: deploy form, opset 18, " in said
     assert "with class names" in said
     assert len(said.splitlines()) == 5  # and no diary of the exporters
     x = images(3, 3, 32, 32)
@@ -193,6 +195,10 @@ def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:
         (["classes=/none"], "classes=/none: there is no such file"),
         (["check=random", "check_images=/"], "two ways to check"),
         (["images=0"], "images=0 must be a whole number of at least 1"),
+        (["opset=10"], "opset=10 must be a whole number from 11 to 18"),
+        (["opset=17.5"], "opset=17.5 must be a whole number"),
+        (["to=pt2", "opset=17"], "opset=17 is of ONNX: leave it out with to=pt2"),
+        (["int8=onnxruntime", "opset=12"], "opset=12: int8 has a scale per channel, which ONNX has from opset=13 on"),
         (["tolerance=0"], "tolerance=0 must be a number above 0"),
         (["normalize=3"], "normalize=3: choose true or false"),
         (["runtimes=[tvm]"], "runtimes=['tvm']: with to=onnx choose from onnxruntime, openvino"),
@@ -227,6 +233,11 @@ def test_format_and_file_follow_from_each_other(checkpoint: Path, tmp_path: Path
     assert settled([f"ckpt={checkpoint}", "to=pt2"]) == ("pt2", checkpoint.with_suffix(".pt2"))
     out = tmp_path / "net.pt2"
     assert settled([f"ckpt={checkpoint}", f"out={out}"]) == ("pt2", out)
+
+
+def test_the_opsets_are_those_of_the_exporter() -> None:
+    rule = TABLES["export"]["opset"]
+    assert [opset for opset in range(30) if rule.holds(opset)] == list(range(OLDEST_OPSET, OPSET + 1))
 
 
 def test_missing_packages_are_named_before_anything_begins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Of ONNX's default operators: what the exporter writes without converting, and every current runtime reads.
 OPSET = 18
+#: The oldest that has every operator of these networks in the same form, up to :func:`_lower`.
+OLDEST_OPSET = 11
 #: protobuf's own limit on one message, and so on a file of weights and graph.
 LARGEST_ONNX = 2**31 - 2**24
 
@@ -65,8 +67,9 @@ def export_onnx(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     metadata: Mapping[str, str] = {},
+    opset: int = OPSET,
 ) -> None:
-    """Write ``net`` as ONNX of opset :data:`OPSET`: ``images`` N × C × H × W, float32, to ``logits`` N × classes.
+    """Write ``net`` as ONNX: ``images`` N × C × H × W, float32, to ``logits`` N × classes.
 
     Nodes and tensors have the names of modules and state dict (``stages.0.1.conv``, ``stages.0.1.conv.weight``). In a
     train form, the BatchNorm after a convolution is folded into it, as every runtime would. The same network gives
@@ -81,11 +84,16 @@ def export_onnx(
             itself. Both or neither.
         metadata: goes into the model's metadata, with ``input_size``, ``dynamic_size`` and ``normalize``
             (see :mod:`repvgg.deploy.preprocess`).
+        opset: version of ONNX's operators, from :data:`OLDEST_OPSET` to :data:`OPSET`. Runtimes read files of their
+            own version and of older ones. The file's IR version is the oldest of that opset.
 
     Raises:
         ValueError: a network in training mode, only one of ``mean`` and ``std``, or values that do not fit the
-            channels; a network above protobuf's 2 GiB; a package that is not installed.
+            channels; a network above protobuf's 2 GiB; an opset that lacks an operator of the network; a package that
+            is not installed.
     """
+    if not OLDEST_OPSET <= opset <= OPSET:
+        raise ValueError(f"opset={opset}: choose from {OLDEST_OPSET} to {OPSET}")
     try:
         import onnx
         import onnxscript  # noqa: F401  # what torch.onnx writes with
@@ -106,10 +114,15 @@ def export_onnx(
     _strip(proto)
     _rename(proto)
     _name_dimensions(proto, dynamic_size)
-    if not dynamic_size:
-        proto = onnx.shape_inference.infer_shapes(proto)  # what a viewer shows on every edge
-    onnx.helper.set_model_props(proto, described)
-    onnx.checker.check_model(proto)
+    try:
+        _lower(proto, opset)
+        if not dynamic_size:
+            proto = onnx.shape_inference.infer_shapes(proto)  # what a viewer shows on every edge
+        onnx.helper.set_model_props(proto, described)
+        onnx.checker.check_model(proto)
+    except (onnx.checker.ValidationError, onnx.defs.SchemaError) as error:
+        what = str(error).strip().partition("\n")[0]
+        raise ValueError(f"opset={opset} cannot say what this network computes ({what}); opset={OPSET} can") from error
     with replacing(path) as file:
         file.write(proto.SerializeToString(deterministic=True))
 
@@ -286,6 +299,38 @@ def _unused(name: str, taken: Mapping[str, str]) -> str:
     numbered = (name if n == 0 else f"{name}_{n}" for n in range(len(taken) + 1))
     used = set(taken.values())
     return next(free for free in numbered if free not in used)
+
+
+def _lower(proto: onnx.ModelProto, opset: int) -> None:
+    """From :data:`OPSET` to an older one; the checker refuses what this does not know.
+
+    What was an attribute and is an input now (the axes of ReduceMean) becomes an attribute again, and an attribute goes
+    whose value is the default. What else has changed in between are data types. onnx's own converter (1.23) has no way
+    down for ReLU and BatchNorm, and gives ReduceMean an attribute that the older one lacks.
+    """
+    import onnx
+
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        written = onnx.defs.get_schema(node.op_type, OPSET)
+        known = onnx.defs.get_schema(node.op_type, opset).attributes
+        for number in reversed(range(len(node.input))):
+            name = written.inputs[min(number, len(written.inputs) - 1)].name
+            if name in known and node.input[number] in constants:
+                value = onnx.numpy_helper.to_array(constants[node.input.pop(number)])
+                node.attribute.append(onnx.helper.make_attribute(name, value.tolist()))
+        defaults = {name: attribute.default_value for name, attribute in written.attributes.items()}
+        kept = [a for a in node.attribute if a.name in known or a != defaults.get(a.name)]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    used = {name for node in graph.node for name in node.input}
+    stored = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(stored)
+    (domain,) = proto.opset_import
+    domain.version = opset
+    proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
 
 
 def _name_dimensions(proto: onnx.ModelProto, dynamic_size: bool) -> None:
