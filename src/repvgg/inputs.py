@@ -285,7 +285,7 @@ _EXPORT: Table = {
     "form": choice("train", "deploy") | NULL,
     "dynamic_size": YES_NO,
     "normalize": YES_NO,
-    "opset": whole(11, 18),  # repvgg.deploy.export.OLDEST_OPSET and OPSET, without its imports
+    "opset": whole(11, 18),  # repvgg.deploy.export.OLDEST_OPSET and OPSET
     "classes": TEXT | NULL,
     "runtimes": TEXT | TEXTS | NULL,
     "check": choice("data", "random"),
