@@ -350,8 +350,9 @@ def notes(records: Sequence[RunRecord], paper: Paper) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    """A value or a directory's name that fits beside a picture: its ends tell it from others."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+    return text if len(text) <= 34 else f"{text[:16]}…{text[-16:]}"
 
 
 def within_spread(record: RunRecord) -> bool:
@@ -384,11 +385,6 @@ def labels(records: Sequence[RunRecord]) -> list[str]:
     if len(set(names)) == len(names) and all(names):
         return names
     return [f"{name} ({_short(record.run_dir.name)})".strip() for name, record in zip(names, records, strict=True)]
-
-
-def _short(name: str) -> str:
-    """A directory's name that fits beside a picture: its ends tell it from others."""
-    return name if len(name) <= 34 else f"{name[:16]}…{name[-16:]}"
 
 
 # --- the three forms of output --------------------------------------------------------------------------------------
