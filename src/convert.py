@@ -83,6 +83,7 @@ def main(cfg: DictConfig) -> None:
 def convert(network: Network, out: Path, *, naming: str, fold_dtype: "dtype", check: bool) -> None:
     """Write the network, and say what was written."""
     from repvgg.model import count_parameters, damage, named, write_weights
+    from repvgg.model.tensorfile import CLASS_NAMES
 
     weights = network.weights
     named(network.net, naming)  # whether there are names, before anything takes long
@@ -91,6 +92,7 @@ def convert(network: Network, out: Path, *, naming: str, fold_dtype: "dtype", ch
         "naming": naming,
         **metadata_of(network.settled),
         "num_classes": str(network.settled.cfg.net.num_classes),
+        **{key: weights.metadata[key] for key in CLASS_NAMES if key in weights.metadata},
         "source": weights.path.name,
         **({"source_weights": weights.name} if weights.name else {}),
         "source_sha256": sha256(weights.path),
@@ -190,6 +192,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def shortened(value: str, characters: int = 200) -> str:
+    """A thousand names of classes would fill the screen."""
+    return value if len(value) <= characters else f"{value[:characters]} …"
+
+
 def show(network: Network) -> None:
     """Print what a file is; ValueError in the end where something is wrong with it."""
     from repvgg.model import count_parameters, damage, not_fused, to_deploy
@@ -216,7 +223,7 @@ def show(network: Network) -> None:
         "tensors": f"{len(weights.state)}, {types}",
         "bytes": f"{weights.path.stat().st_size:,}",
         "sha256": sha256(weights.path),
-        **{f"says {key}": value for key, value in sorted(weights.metadata.items())},
+        **{f"says {key}": shortened(value) for key, value in sorted(weights.metadata.items())},
     }
     width = max(map(len, lines))
     for name, text in lines.items():

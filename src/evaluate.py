@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from repvgg.checkpoints import fitting_choices, require_three_channels
+from repvgg.checkpoints import fitting_choices, manifest_of, require_same_classes, require_three_channels
 from repvgg.checkpoints import settle as settle_checkpoint
 from repvgg.cli import (
     clear_errors,
@@ -119,6 +119,7 @@ def main(cfg: DictConfig) -> float | None:
         net = to_deploy(net) if weights.form == "deploy" else net
         with fitting_choices(weights, choices["ablation"]):
             load_weights(net, weights)
+        require_same_classes(weights, manifest_of(cfg.data), cfg.data)
         forms = forms_of(net, weights.form, cfg.forms)
         size = cfg.data.val_transform.size
         metrics: dict[str, float] = counted(forms, (cfg.net.in_channels, size, size))

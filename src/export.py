@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from repvgg.checkpoints import Network
     from repvgg.deploy.preprocess import Preprocessing
+    from repvgg.model import Weights
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 #: Packages that write a format, beside torch.
@@ -111,17 +112,18 @@ def usable_runtimes(cfg: DictConfig, to: str) -> list[str]:
     return wanted
 
 
-def classes_of(cfg: DictConfig, count: int) -> list[str] | None:
-    """Names of the classes, where something says them."""
-    names, source = None, f"classes={cfg.classes}"
+def classes_of(cfg: DictConfig, weights: "Weights") -> list[str] | None:
+    """Names of the classes, where something says them: what was typed, the checkpoint, the data."""
+    count, own = weights.num_classes, weights.class_words or weights.classes
+    names, source = own, f"{cfg.ckpt}"
     if cfg.classes is not None:
-        try:
-            names = [
-                line.strip() for line in Path(cfg.classes).read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
+        source = f"classes={cfg.classes}"
+        try:  # some editors begin a text with a byte-order mark
+            lines = Path(cfg.classes).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"classes={cfg.classes} cannot be read as text: {error}") from error
-    elif Path(cfg.data.val_file).is_file():
+        names = [line.strip() for line in lines if line.strip()]
+    elif own is None and Path(cfg.data.val_file).is_file():
         manifest = read_manifest(cfg.data.val_file)
         names, source = manifest.class_words or manifest.classes, f"data={cfg.data.name} ({cfg.data.val_file})"
     if names is not None and len(names) != count:
@@ -129,10 +131,18 @@ def classes_of(cfg: DictConfig, count: int) -> list[str] | None:
             f"{source} names {len(names)} classes, the checkpoint has {count}. Choose data= and data.dir= of its "
             "training, or classes=FILE with check_images=PATH or check=random"
         )
+    # Other words for a class are the user's to choose; a name that the checkpoint has for another class is a mistake.
+    for known in filter(None, (weights.classes, weights.class_words)):
+        for at, (name, theirs) in enumerate(zip(names or (), known, strict=True)):
+            if name != theirs and name in known:
+                raise ValueError(
+                    f"{source} calls class {at} {name}, which is class {known.index(name)} of {cfg.ckpt}; its class "
+                    f"{at} is {theirs}. Put them in the checkpoint's order, or leave classes= out: it has the names"
+                )
     return names
 
 
-def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Tensor]", str]:
+def images_of(cfg: DictConfig, preprocessing: "Preprocessing", weights: "Weights") -> tuple["list[Tensor]", str]:
     """Batches of pixels, uint8 N × 3 × H × W, and what they are."""
     import numpy as np
     import torch
@@ -157,6 +167,7 @@ def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Te
 
     from hydra.utils import instantiate
 
+    from repvgg.checkpoints import require_same_classes
     from repvgg.data.loader import make_loader
 
     if cfg.data.prepare is not None:
@@ -167,7 +178,9 @@ def images_of(cfg: DictConfig, preprocessing: "Preprocessing") -> tuple["list[Te
         raise ValueError(
             f"{error}\nor check the file with check_images=PATH, images of your own, or with check=random, no images"
         ) from error
-    samples = read_manifest(cfg.data.val_file).samples
+    manifest = read_manifest(cfg.data.val_file)
+    require_same_classes(weights, manifest, cfg.data)
+    samples = manifest.samples
     records = np.unique(np.linspace(0, samples - 1, min(cfg.images, samples)).astype(int)).tolist()
     loader = make_loader(
         cfg.data.val_file,
@@ -273,8 +286,8 @@ def main(cfg: DictConfig) -> None:
         preprocessing = Preprocessing.of_validation(
             crop.size, crop.ratio, cfg.data.mean, cfg.data.std, inside=cfg.normalize
         )
-        pixels, what = images_of(cfg, preprocessing)
-        names = classes_of(cfg, cfg.net.num_classes)
+        pixels, what = images_of(cfg, preprocessing, network.weights)
+        names = classes_of(cfg, network.weights)
         with beside(out) as file:
             write = partial(export_onnx, opset=cfg.opset) if to == "onnx" else export_pt2
             write(

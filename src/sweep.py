@@ -44,7 +44,7 @@ def command(file: Path, overrides: Sequence[str] = ()) -> list[str]:
     if not file.is_file():
         files = ", ".join(str(path.relative_to(ROOT)) for path in sorted((ROOT / "sweeps").glob("*.yaml")))
         raise ValueError(f"there is no file {file}: choose {files}, or write one")
-    sweep = yaml.safe_load(file.read_text())  # as W&B reads it: 1e-4 is a string
+    sweep = yaml.safe_load(file.read_text(encoding="utf-8-sig"))  # as W&B reads it: 1e-4 is a string
     if not isinstance(sweep, dict) or not isinstance(sweep.get("parameters"), dict):
         raise ValueError(f"{file} is no sweep: it needs program, method and parameters")
     _require_known("key", sweep, KEYS, hint="the others are for `wandb sweep`")

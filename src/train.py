@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from repvgg.checkpoints import fitting_choices
+from repvgg.checkpoints import fitting_choices, manifest_of
 from repvgg.cli import (
     OBJECTIVE,
     clear_errors,
@@ -157,7 +157,7 @@ def main(cfg: DictConfig) -> float | None:
         from hydra.utils import instantiate
 
         from repvgg.learn.batchnorm import check_batchnorm, require_values
-        from repvgg.learn.checkpoint import newest_whole, require_continuable
+        from repvgg.learn.checkpoint import newest_whole, require_continuable, require_same_classes
         from repvgg.learn.cluster import cluster_environment, naming_lost_ranks, requeueing
         from repvgg.learn.interrupt import Signals
         from repvgg.learn.logging import quiet_lightning
@@ -181,13 +181,15 @@ def main(cfg: DictConfig) -> float | None:
         if cfg.init_from is not None and resumed is None:
             weights = read_weights(cfg.init_from, cfg.weights)
             with fitting_choices(weights, choices["ablation"]):
-                initial = initialize(module.net, weights)
+                initial = initialize(module.net, weights, manifest_of(cfg.data).names.get("classes"))
             if identity is not None:
                 log.info(initial)
         continued = None
         if cfg.ckpt_path is not None and resumed is None:
             batch_size, epochs = cfg.recipe.batch_size, cfg.trainer.max_epochs
             continued = require_continuable(cfg.ckpt_path, choices, module, batch_size=batch_size, epochs=epochs)
+        if (start := resumed or cfg.ckpt_path) is not None:
+            require_same_classes(start, manifest_of(cfg.data).names.get("classes"), cfg.data.val_file)
         size = cfg.data.resolution
         metrics: dict[str, float] = describe(module.net, (cfg.net.in_channels, size, size))
         trainer = build_trainer(cfg, ranks)

@@ -18,7 +18,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from repvgg.classes import require_same
 from repvgg.cli import NODE_OF_GROUP, ROOT, options
+from repvgg.data.manifest import Manifest, read_manifest
 from repvgg.identity import key_of
 
 if TYPE_CHECKING:
@@ -261,6 +263,22 @@ def _said(metadata: Mapping[str, str], typed: Sequence[str]) -> list[str]:
         for name in NUMBERS
         if f"net.{name}" not in keys and _is_numeric(numbers.get(name))
     ]
+
+
+def manifest_of(data: DictConfig) -> Manifest:
+    """Of the validation images; embedded data is written first where it is not there yet."""
+    if data.prepare is not None:
+        from hydra.utils import instantiate
+
+        instantiate(data.prepare)()
+    return read_manifest(data.val_file)
+
+
+def require_same_classes(weights: Weights, manifest: Manifest, data: DictConfig) -> None:
+    """Raise ValueError where the network's outputs stand for other classes than the labels of the data."""
+    then = "Give data= and data.dir= of its training, or other data with these classes in their order"
+    classes = manifest.names.get("classes")
+    require_same(weights.classes, classes, checkpoint=str(weights.path), data=data.val_file, then=then)
 
 
 def metadata_of(settled: Settled) -> dict[str, str]:

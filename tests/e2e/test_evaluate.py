@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,34 @@ def test_two_processes_evaluate_to_the_same(run: Path, evaluated: Path, tmp_path
     for key in ("eval/images", "eval/top1", "eval/top5", "eval/deploy/top1", "eval/forms/both_right"):
         assert one[key] == two[key], key
     assert (tmp_path / "per_class.csv").read_text() == (evaluated / "per_class.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def renamed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images, with one class called otherwise."""
+    directory = tmp_path_factory.mktemp("renamed") / "data"
+    shutil.copytree(digits, directory)
+    for file in directory.glob("*.json"):
+        file.write_text(file.read_text().replace('"3"', '"three"', 1))
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["evaluate", "export", "train"])
+def test_data_of_other_classes_is_refused(script: str, run: Path, renamed: Path, tmp_path: Path) -> None:
+    """There are as many, so a count would not tell."""
+    ckpt, out = run / "checkpoints" / "best.ckpt", f"hydra.run.dir={tmp_path}"
+    more = {
+        "evaluate": [f"ckpt={ckpt}", "trainer=cpu", out],
+        "export": [f"ckpt={ckpt}", f"out={tmp_path / 'net.onnx'}"],
+        "train": [f"ckpt_path={ckpt}", "data=digits", "trainer=cpu", *SMALL, *QUICK, "trainer.max_epochs=2", out],
+    }[script]
+    quoted = quote_paths(more, ["ckpt", "ckpt_path"])
+    done = python(script, *quoted, f"data.dir={renamed}", check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"{ckpt} is of other classes than {renamed}/val.beton" in done.stderr
+    assert "only the checkpoint has 3; only the data has three" in done.stderr
+    assert not (tmp_path / "net.onnx").exists()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from repvgg.learn.checkpoint import (
     newest_whole,
     remove_leftovers,
     require_continuable,
+    require_same_classes,
 )
 from support.networks import tiny
 from support.training import classifier, datamodule, trainer
@@ -136,6 +137,13 @@ def test_the_checkpoint_of_another_network_is_refused(digits: Path, tmp_path: Pa
     last = tmp_path / "last.ckpt"
     check = partial(require_continuable, batch_size=64, epochs=9)
     check(last, CHOICES, module)
+    numbers = [str(number) for number in range(10)]
+    for classes in (numbers, None):
+        require_same_classes(last, classes, "val.beton")
+    with pytest.raises(
+        ValueError, match=r"than val\.beton: only the checkpoint has 0; only the data has ten\..*init_from="
+    ):
+        require_same_classes(last, [*numbers[1:], "ten"], "val.beton")
     with pytest.raises(ValueError, match=r"is of a run with ablation=full, not ablation=id: add ablation=full to"):
         check(last, {**CHOICES, "ablation": "id"}, module)
     other = classifier(tiny(num_classes=7, strides=(1, 2, 2, 2, 1)))

@@ -10,6 +10,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from repvgg.classes import difference
 from repvgg.files import replacing
 
 
@@ -46,6 +47,13 @@ class Manifest:
     """Names of images whose files are faulty; PIL made something of them, and that is stored."""
     class_words: list[str] | None = None
     """For readers, where `classes` are mere codes."""
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """`classes`, and `class_words` where there are some; none of an adopted file, whose classes are numbers."""
+        if not self.options:
+            return {}
+        return {"classes": self.classes} | ({} if self.class_words is None else {"class_words": self.class_words})
 
     def write(self, path: Path) -> None:
         """Write atomically: the file under `path` is either the old one or complete."""
@@ -109,9 +117,10 @@ def require_files(paths: Mapping[str, str | Path], write_command: str) -> None:
 def number_of_classes(paths: Mapping[str, str | Path], stated: int | None) -> int:
     """How many classes the files of `paths` have, by their manifests.
 
-    Raise ValueError when they differ from each other, or from `stated` unless that is None.
+    Raise ValueError when they differ from each other, by number or name, or from `stated` unless that is None.
     """
-    found = {what: len(read_manifest(path).classes) for what, path in paths.items()}
+    manifests = {what: read_manifest(path) for what, path in paths.items()}
+    found = {what: len(manifest.classes) for what, manifest in manifests.items()}
     for what, classes in found.items():
         if stated is not None and classes != stated:
             raise ValueError(
@@ -122,4 +131,8 @@ def number_of_classes(paths: Mapping[str, str | Path], stated: int | None) -> in
         raise ValueError(
             f"The data files have different numbers of classes: {counts}. Write them from the same classes."
         )
+    (first, names), *rest = ((str(paths[what]), m.names.get("classes")) for what, m in manifests.items())
+    for path, others in rest:
+        if differing := difference(names, others, first, path):
+            raise ValueError(f"The data files have different classes: {differing}. Write them from the same classes.")
     return next(iter(found.values()))

@@ -7,7 +7,7 @@ import os
 import random
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from repvgg.classes import require_same
 from repvgg.files import replacing
+from repvgg.learn.datamodule import ImageDataModule
 from repvgg.learn.module import Classifier, steps_per_epoch
 from repvgg.learn.optim import schedule_at
 from repvgg.learn.two_forms import TwoFormValidation
@@ -203,6 +205,17 @@ def _require_same_optimizer(path: Path, content: Mapping[str, Any], module: Clas
         )
 
 
+def require_same_classes(path: str | Path, classes: Sequence[str] | None, data: str) -> None:
+    """Raise ValueError where a checkpoint of a training has other classes than the data, or another order of them.
+
+    Args:
+        classes: of ``data``; None where they have no names.
+    """
+    run = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get(RUN, {})
+    then = f"A training on other classes begins with init_from={path}"
+    require_same(run.get("classes"), classes, checkpoint=str(path), data=data, then=then)
+
+
 class Checkpoints(Checkpoint):
     """Keeps ``last.ckpt`` to resume from, ``previous.ckpt`` in case that is damaged, and ``best.ckpt``.
 
@@ -239,6 +252,8 @@ class Checkpoints(Checkpoint):
         #: ``choices`` of the config groups and ``hyper_parameters`` of the run, which every checkpoint holds.
         self.run: dict[str, Any] = {"choices": {}, "hyper_parameters": {}}
         self.best: dict[str, float] = {}
+        #: What the data calls its classes, which every checkpoint says too.
+        self.class_names: dict[str, list[str]] = {}
         #: What was logged last, also before a resume.
         self.metrics: dict[str, float] = {}
         self._restored: dict[str, Any] | None = None
@@ -275,6 +290,9 @@ class Checkpoints(Checkpoint):
         """Say before the training what would stop it, or what it could not be resumed from."""
         if stage != "fit":
             return
+        datamodule = getattr(trainer, "datamodule", None)
+        if isinstance(datamodule, ImageDataModule):
+            self.class_names = datamodule.class_names()
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.monitor.startswith("val/deploy/") and not any(isinstance(c, TwoFormValidation) for c in callbacks):
             raise ValueError(
@@ -385,7 +403,7 @@ class Checkpoints(Checkpoint):
         metrics = {} if position["name"] == "complete" else metric_states(pl_module)
         checkpoint[RANKS] = _gathered({"random": random_state(pl_module.device), "metrics": metrics})
         self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        checkpoint[RUN] = {**self.run, "metrics": dict(self.metrics)}
+        checkpoint[RUN] = {**self.run, "metrics": dict(self.metrics), **self.class_names}
 
     def _position(self, trainer: pl.Trainer) -> dict[str, Any]:
         """The name of the position, its epoch, and how many batches and images of the epoch are done by all ranks."""

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from repvgg.data.loader import Batch, SafeLoader, make_loader
-from repvgg.data.manifest import number_of_classes
+from repvgg.data.manifest import number_of_classes, read_manifest
 from repvgg.data.verify import Check, check_beton, require_check
 from repvgg.learn.augment import RandAugment, batch_generator, mixup
 
@@ -103,6 +103,10 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Compare the files' classes with the network's before anything is trained."""
         number_of_classes(self.files, self.num_classes)
+
+    def class_names(self) -> dict[str, list[str]]:
+        """What the manifest calls the classes; see :attr:`repvgg.data.manifest.Manifest.names`."""
+        return read_manifest(self.files["val"]).names
 
     def train_dataloader(self) -> SafeLoader:
         """This rank's share, in an order and with crops that seed and epoch fix."""

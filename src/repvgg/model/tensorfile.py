@@ -22,7 +22,8 @@ from repvgg.files import replacing
 SUFFIXES = (".safetensors", ".pth", ".pt")
 #: Under this key a checkpoint of a training says its choices of the config groups (repvgg.learn.checkpoint).
 RUN = "repvgg_run"
-
+#: There too it says what its classes are called, and in words where these are codes; in metadata the lists are JSON.
+CLASS_NAMES = ("classes", "class_words")
 
 #: Parts of the names that averaged weights have: timm's ``state_dict_ema``, torchvision's ``model_ema``, ``ema_model``.
 AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)
@@ -149,13 +150,14 @@ def _torch_load(path: Path) -> object:
 
 
 def _metadata(content: object) -> dict[str, str]:
-    """Of a file that was written here, or the choices of a training's checkpoint."""
+    """Of a file that was written here, or the choices and classes of a training's checkpoint."""
     if not isinstance(content, Mapping):
         return {}
-    said = content.get("metadata")
-    if said is None:
-        run = content.get(RUN)
-        said = run.get("choices") if isinstance(run, Mapping) else None
+    said, run = content.get("metadata"), content.get(RUN)
+    if said is None and isinstance(run, Mapping):
+        choices = run.get("choices")
+        names = {key: json.dumps(run[key], ensure_ascii=False, default=str) for key in CLASS_NAMES if key in run}
+        said = {**(choices if isinstance(choices, Mapping) else {}), **names}
     if not isinstance(said, Mapping):
         return {}
     return {key: value for key, value in said.items() if isinstance(key, str) and isinstance(value, str)}

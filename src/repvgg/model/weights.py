@@ -7,9 +7,10 @@ the order in which an ablation lists its branches. What kind a branch is, its te
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeGuard
@@ -17,6 +18,7 @@ from typing import Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from repvgg.classes import difference
 from repvgg.model.tensorfile import read_tensor_file, some, without_prefixes
 
 Form = Literal["train", "deploy"]
@@ -158,6 +160,24 @@ class Weights:
     def num_classes(self) -> int | None:
         """Outputs of the classifier; None for a file without one."""
         return len(self.state["head.weight"]) if "head.weight" in self.state else None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """What its classes are called, in the order of the outputs; None for a file that does not say it."""
+        return self._names("classes")
+
+    @property
+    def class_words(self) -> list[str] | None:
+        """For readers, where :attr:`classes` are mere codes."""
+        return self._names("class_words")
+
+    def _names(self, key: str) -> list[str] | None:
+        try:
+            names = json.loads(self.metadata.get(key, "null"))
+        except ValueError:
+            return None
+        fits = isinstance(names, list) and len(names) == self.num_classes
+        return names if fits and all(isinstance(name, str) for name in names) else None
 
     @property
     def depths(self) -> list[int]:
@@ -312,8 +332,12 @@ def damage(weights: Weights) -> list[str]:
     return found if len(found) <= 3 else [*found[:3], f"{len(found) - 3} more tensors"]
 
 
-def initialize(net: nn.Module, weights: Weights) -> str:
-    """Begin a training from a file: its weights, and its classifier where it has as many classes as ``net``.
+def initialize(net: nn.Module, weights: Weights, classes: Sequence[str] | None = None) -> str:
+    """Begin a training from a file: its weights, and its classifier where that is of the same classes.
+
+    Args:
+        classes: names of those that ``net`` is to learn. Where they or the file's have no names, it is their number
+            that counts.
 
     Returns:
         one line on what was taken.
@@ -321,16 +345,17 @@ def initialize(net: nn.Module, weights: Weights) -> str:
     Raises:
         ValueError: see :func:`load_weights`; a deploy form cannot be trained.
     """
-    classes = len(net.state_dict()["head.weight"])
-    head: Head = "keep" if weights.num_classes == classes else "fresh"
+    count = len(net.state_dict()["head.weight"])
+    differing = difference(weights.classes, classes, "the file")
+    head: Head = "keep" if weights.num_classes == count and not differing else "fresh"
     load_weights(net, weights, head=head)
     said = f"; {weights.taken}" if weights.taken else ""
     taken = f"Initial weights: {weights.path} ({weights.naming} naming{said})"
     if head == "keep":
-        return f"{taken}, its classifier of {classes} classes too"
-    return (
-        f"{taken}; the classifier is fresh, since the file's has {weights.num_classes or 'no'} classes, not {classes}"
-    )
+        return f"{taken}, its classifier of {count} classes too"
+    if weights.num_classes == count:
+        return f"{taken}; the classifier is fresh, since the file's is of other classes: {differing}"
+    return f"{taken}; the classifier is fresh, since the file's has {weights.num_classes or 'no'} classes, not {count}"
 
 
 def form_of(state: Iterable[str]) -> Form | None:
