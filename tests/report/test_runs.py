@@ -372,7 +372,7 @@ def test_what_never_began_is_not_counted(make_run: Make, tmp_path: Path) -> None
             {},
             "trainer.max_time=00:00:01:00 in epoch 1 of 50",
         ),
-        ("dry_run", None, {}, "a dry run, trainer.fast_dev_run"),
+        ("dry run", None, {}, "a dry run, trainer.fast_dev_run"),
         ("finished", None, {"trainer": {"fast_dev_run": True}}, "a dry run, trainer.fast_dev_run"),
         ("interrupted", "SIGTERM", {}, "SIGTERM"),
         ("something new", None, {}, "something new"),

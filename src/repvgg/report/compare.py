@@ -246,7 +246,7 @@ def _usable(runs: Sequence[Run], said: list[str]) -> tuple[list[Run], list[tuple
 
 def _why_left(run: Run) -> str | None:
     """Why a run is in no mean; None for one that finished."""
-    if run.status == "dry_run" or (run.config.get("trainer") or {}).get("fast_dev_run"):
+    if run.status == "dry run" or (run.config.get("trainer") or {}).get("fast_dev_run"):
         return "a dry run, trainer.fast_dev_run"
     return None if run.status == "finished" else run.error or run.status
 

@@ -461,7 +461,7 @@ def _rich_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.text import Text
 
     styles = {"finished": "green", "failed": "bold red"} | dict.fromkeys(
-        ("interrupted", "stopped", "dry_run"), "yellow"
+        ("interrupted", "stopped", "dry run"), "yellow"
     )
     out = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left")
     for i, name in enumerate(header):
