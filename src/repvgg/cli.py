@@ -110,7 +110,7 @@ def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None
         # What this repository refuses names the key.
         of_node = f"{node}: " if node and not _is_raised_here(cause) else ""
         print(f"error: {of_node}{cause}", file=sys.stderr)
-        if setting_up():  # what was trained stays, whatever ended it
+        if exit_code == WRONG_INPUT and setting_up():  # what was trained stays, whatever ended it
             _remove_new_folder()
         sys.exit(exit_code)
 
