@@ -259,6 +259,23 @@ def test_a_refused_run_leaves_nothing_that_it_made(tmp_path: Path) -> None:
         assert outputs.exists() is before
 
 
+def test_what_was_trained_stays(tmp_path: Path) -> None:
+    """An error of the data, say, has the exit code of a wrong input whenever it comes."""
+
+    class DamagedError(ValueError):
+        exit_code = 2
+
+    for name, setting_up in (("begun", False), ("saved", True)):
+        cli.folder_to_be(tmp_path / name)
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        if name == "saved":
+            (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        with pytest.raises(SystemExit) as stopped, clear_errors(lambda up=setting_up: up):
+            raise DamagedError("record 700")
+        assert stopped.value.code == 2
+        assert (tmp_path / name / "checkpoints").exists()
+
+
 def test_a_folder_that_was_there_or_is_anothers_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "there").mkdir()
     cli.folder_to_be(tmp_path / "there")

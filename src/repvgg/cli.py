@@ -110,7 +110,7 @@ def clear_errors(setting_up: Callable[[], bool] = lambda: True) -> Iterator[None
         # What this repository refuses names the key.
         of_node = f"{node}: " if node and not _is_raised_here(cause) else ""
         print(f"error: {of_node}{cause}", file=sys.stderr)
-        if exit_code == WRONG_INPUT:
+        if exit_code == WRONG_INPUT and setting_up():  # what was trained stays, whatever ended it
             _remove_new_folder()
         sys.exit(exit_code)
 
@@ -135,7 +135,7 @@ def folder_to_be(directory: Path) -> None:
 
 def _remove_new_folder() -> None:
     """Remove what the command has made, unless another process trains there by now."""
-    if not _new_folder or not is_free(_new_folder[0]):
+    if not _new_folder or not is_free(_new_folder[0]) or any(_new_folder[0].rglob("*.ckpt")):
         return
     logging.shutdown()  # the job's log is in it
     shutil.rmtree(_new_folder[0], ignore_errors=True)
