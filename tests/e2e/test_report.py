@@ -158,7 +158,8 @@ def test_a_design_of_ones_own_trains_converts_and_is_on_the_page(digits: Path, t
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report" / "report.md").read_text()
     assert "2 groups by ablation, 4 finished runs, seeds 1, 2" in text
-    assert {p.stem for p in (tmp_path / "report" / "pictures").iterdir()} == {"top1", "speed", "curves", "branches"}
+    drawn = {p.stem for p in (tmp_path / "report" / "pictures").iterdir()}
+    assert drawn == {"top1", "speed", "curves", "losses", "branches"}
     assert "ablation=full,own seed=1,2" in text
     rows = list(csv.DictReader((tmp_path / "report" / "data.csv").read_text().splitlines()))
     assert len({row["parameters deploy"] for row in rows}) == 1
