@@ -84,7 +84,7 @@ def test_a_wrong_command_is_answered_in_one_line(
 
 def test_what_something_reads_is_accepted() -> None:
     typed = [
-        *("+trainer.val_check_interval=0.5", "+recipe.optimizer.dampening=0.1", "++data.train_transform.flip=true"),
+        *("+trainer.deterministic=true", "+recipe.optimizer.dampening=0.1", "++data.train_transform.flip=true"),
         *("+callbacks.mine={_target_:mine.Callback}", "+logger.mine={_target_:mine.Logger}", "~callbacks.perf"),
         *("callbacks.two_forms=null", "hydra.job_logging.root.level=INFO", "+hydra.job.env_set.A=1"),
         *("+experiment=table6", "trainer.limit_train_batches=0.5", "data.num_classes=null"),

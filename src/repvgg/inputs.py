@@ -440,7 +440,11 @@ def _walk(table: Any, node: Any, prefix: str) -> Iterator[tuple[str, str, Any, R
             if value == "???":
                 yield "missing", name, value, rule
             elif not rule.holds(value):
-                yield "unread" if rule is MADE and isinstance(value, Mapping) else "wrong", name, value, rule
+                made = rule is MADE or isinstance(table, Open)
+                unread = (
+                    made and isinstance(value, Mapping) and not _has_target(value)
+                )  # for nothing makes anything of it
+                yield "unread" if unread else "wrong", name, value, rule
         elif isinstance(value, Mapping):
             yield from _walk(rule, value, f"{name}.")
         elif not (value is None and isinstance(table, Open)):  # callbacks.ema=null
