@@ -111,7 +111,7 @@ def test_a_writer_killed_at_random_points_ends_with_the_same_bytes(tmp_path: Pat
         folder.mkdir(parents=True, exist_ok=True)
         photo(np.random.default_rng(number), (1200, 900)).save(folder / f"{number}.jpg")
         for copy in range(31):
-            (folder / f"{number}_{copy}.jpg").symlink_to(folder / f"{number}.jpg")
+            (folder / f"{number}_{copy}.jpg").hardlink_to(folder / f"{number}.jpg")
 
     def command(out: Path) -> list[str]:
         sources = [f"source.train={tmp_path / 'images'}", "splits=[train]", "write.short_side=600", "num_workers=2"]
