@@ -198,7 +198,7 @@ def test_forms_that_differ_are_not_written(run: Convert, files: dict, tmp_path: 
 WRONG = {
     "no ckpt": ([], ["ckpt=PATH is missing", "ckpt=RUN/checkpoints/best.ckpt"]),
     "none there": (["ckpt=/none.pth"], ["ckpt=/none.pth: there is no such file"]),
-    "form": (["ckpt={train}", "form=deployed"], ["form=deployed: choose train or deploy"]),
+    "form": (["ckpt={train}", "form=deployed"], ["form=deployed: choose train, deploy or null"]),
     "naming": (["ckpt={train}", "naming=keras"], ["naming=keras: choose ours, official, timm, mmpretrain"]),
     "fold": (["ckpt={train}", "fold_dtype=float16"], ["fold_dtype=float16: choose float64 or float32"]),
     "switch": (["ckpt={train}", "overwrite=maybe"], ["overwrite=maybe: choose true or false"]),

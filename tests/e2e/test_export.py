@@ -13,9 +13,12 @@ import onnx
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from PIL import Image
 
 import export as entry_point
+from repvgg.command import require_right_values
 from repvgg.deploy.export import OLDEST_OPSET, OPSET
 from repvgg.deploy.runtimes import load_program
 from repvgg.inputs import TABLES
@@ -189,7 +192,7 @@ def test_a_wrong_input_gets_one_clear_error_at_once(checkpoint: Path) -> None:
         (["to=pt2", "out=net.onnx"], "out=net.onnx: with to=pt2 it ends in .pt2"),
         (["out=/none/net.onnx"], "out=/none/net.onnx: /none is no directory"),
         (["out={folder}"], "folder.onnx cannot be written"),
-        (["form=fused"], "form=fused: choose train or deploy"),
+        (["form=fused"], "form=fused: choose train, deploy or null"),
         (["check=some"], "check=some: choose data or random"),
         (["check_images=/none"], "check_images=/none: there is no such file"),
         (["classes=/none"], "classes=/none: there is no such file"),
@@ -221,9 +224,16 @@ def test_what_is_checked_before_anything_begins(
 
 
 def settled(typed: list[str]) -> tuple[str, Path]:
+    """What is checked while Hydra sets the command up."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("export", overrides=typed)
-    to, out = entry_point.check(cfg, typed)
+        composed = compose("export", overrides=["output_dir=/nowhere", *typed], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    try:
+        cfg = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        require_right_values("export", cfg, composed.hydra.runtime.choices)
+        to, out = entry_point.check(cfg)
+    finally:
+        HydraConfig.instance().cfg = None
     entry_point.usable_runtimes(cfg, to)
     return to, out
 
