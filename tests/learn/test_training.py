@@ -94,8 +94,7 @@ def test_recipe_values_are_checked() -> None:
 def test_precisions_are_lightnings() -> None:
     literals = (precision._PRECISION_INPUT_STR, precision._PRECISION_INPUT_STR_ALIAS)
     assert sorted(PRECISIONS) == sorted(name for literal in literals for name in get_args(literal))
-    for number in get_args(precision._PRECISION_INPUT_INT):
-        require_devices("auto", 1, number)
+    assert {str(number) for number in get_args(precision._PRECISION_INPUT_INT)} <= set(PRECISIONS)
 
 
 def test_missing_gpus_and_silent_precisions_are_refused() -> None:
