@@ -89,9 +89,11 @@ def main(cfg: DictConfig) -> float | None:
         cfg, choices = settle(cfg)
 
         # Heavy imports from here on, torch first: a wrong command has been answered by the end of these lines.
-        from repvgg.learn.devices import require_devices, set_tf32
+        from repvgg.learn.devices import require_devices, set_tf32, slow_bf16
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
+        if (slow := slow_bf16({"trainer.precision": cfg.trainer.precision}, cfg.trainer.accelerator)) is not None:
+            log.warning(slow)
 
         import pytorch_lightning as pl
         from hydra.utils import instantiate

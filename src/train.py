@@ -149,7 +149,7 @@ def main(cfg: DictConfig) -> float | None:
             return earlier.objective
 
         # Heavy imports from here on, torch first: a wrong command has been answered by the end of these lines.
-        from repvgg.learn.devices import require_devices, set_tf32
+        from repvgg.learn.devices import require_devices, set_tf32, slow_bf16
 
         require_devices(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.precision)
 
@@ -204,6 +204,9 @@ def main(cfg: DictConfig) -> float | None:
 
     if identity is not None:
         log.info(introduction(cfg.run.name, metrics, module, share, trainer.world_size))
+        asked = {"trainer.precision": cfg.trainer.precision, "bench.dtype": cfg.bench.dtype}
+        if (slow := slow_bf16(asked, cfg.trainer.accelerator)) is not None:
+            log.warning(slow)
         if continued is not None:
             differing = "; ".join(changes(continued, hyper_parameters(config)))
             log.info(f"goes on from {cfg.ckpt_path} with {differing or 'the same values'}")

@@ -78,7 +78,9 @@ def test_the_file_is_compared_with_torch_on_validation_images(
     assert f"Against torch {torch.__version__}, float32, 40 validation images of {digits}/val.beton:" in said
     lines = re.findall(r"(\w+) [\d.]+, 32 × 32: max \|Δlogit\| (\S+), relative L2 (\S+), top-1 agreement 1.0000", said)
     assert [runtime for runtime, _, _ in lines] == ["onnxruntime", "openvino"]
-    assert all(0 < float(difference) < 1e-5 for _, _, difference in lines)
+    # Rounding alone: u √n for the longest sum, n = 9·128, is 2e-6 in a layer. Where a runtime sums in torch's order, as
+    # on some processors, the difference is 0.
+    assert all(0 <= float(difference) < 1e-5 for _, _, difference in lines)
     assert f"{path}: deploy form, opset 18, " in said
     assert "with class names" in said
     assert len(said.splitlines()) == 5  # and no diary of the exporters

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from repvgg.cli import ROOT, prepare_environment
 from repvgg.inputs import PRECISIONS
 from repvgg.learn.checkpoint import AtomicCheckpointIO
-from repvgg.learn.devices import require_devices, set_tf32
+from repvgg.learn.devices import BF16_UNITS, require_devices, set_tf32, slow_bf16
 from repvgg.learn.perf import PerfMonitor
 from support.training import classifier, datamodule, trainer, two_forms
 
@@ -95,6 +95,31 @@ def test_precisions_are_lightnings() -> None:
     literals = (precision._PRECISION_INPUT_STR, precision._PRECISION_INPUT_STR_ALIAS)
     assert sorted(PRECISIONS) == sorted(name for literal in literals for name in get_args(literal))
     assert {str(number) for number in get_args(precision._PRECISION_INPUT_INT)} <= set(PRECISIONS)
+
+
+@pytest.mark.parametrize("unit", [None, *BF16_UNITS])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_bfloat16_on_a_processor_without_units_for_it_is_said(
+    unit: str | None, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False, unit: True})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    asked = {"trainer.precision": "bf16-mixed", "bench.dtype": "bfloat16"}
+    if unit is not None and onednn:
+        assert slow_bf16(asked) is None
+    else:
+        line = slow_bf16(asked)
+        assert line is not None
+        assert line.startswith("trainer.precision=bf16-mixed, bench.dtype=bfloat16: this processor (")
+        assert line.endswith("has no units for bfloat16 (AVX512-BF16, AMX), float32 is faster on it")
+    assert slow_bf16({"trainer.precision": "32-true", "bench.dtype": "float32"}) is None
+    assert slow_bf16(asked, "gpu") is None
+
+
+def test_torch_says_what_this_processor_has() -> None:
+    """What :func:`slow_bf16` asks, under the names that it asks for."""
+    assert isinstance(torch.ops.mkldnn._is_mkldnn_bf16_supported(), bool)
+    assert set(BF16_UNITS) & set(torch.cpu.get_capabilities())
 
 
 def test_missing_gpus_and_silent_precisions_are_refused() -> None:

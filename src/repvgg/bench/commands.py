@@ -127,6 +127,7 @@ class Benchmark:
         from repvgg.bench.page import Page
         from repvgg.bench.run import compare
         from repvgg.bench.tracking import tracked
+        from repvgg.learn.devices import slow_bf16
 
         arguments, device = self.arguments, torch.device(self.device)
         record: dict[str, Any] = {
@@ -135,6 +136,9 @@ class Benchmark:
             "versions": versions(self.packages()),
             "protocol": {**asdict(self.protocol), **asdict(self.conditions), "tf32": False},
         }
+        asked = {"--precisions": " ".join(p for p in getattr(arguments, "precisions", []) if p == "bfloat16")}
+        if (slow := slow_bf16(asked, "cpu" if self.device == "cpu" else "gpu")) is not None:
+            notes = [*notes, f"{slow}."]
         said = " ".join(["Networks are untrained.", *dict.fromkeys(notes)])
         conditions = f"{_machine(record)}; {self._calls(name)}{self.protocol}. {said}"
         print(conditions, file=sys.stderr, flush=True)

@@ -132,6 +132,15 @@ class _OpenVino(Program):
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
         self._compiled = core.compile_model(model, "CPU", settings)
         super().__init__(path, _metadata_of_onnx(path), precision)
+        if precision != "f32":  # what is listed may be switched off: by ONEDNN_MAX_CPU_ISA, by a hypervisor
+            try:
+                self.run(np.zeros((1, *self.input_size), np.float32))
+            except RuntimeError as error:
+                what = str(error).strip().rpartition("\n")[2]
+                raise ValueError(
+                    f"precision={precision}: OpenVINO lists it for this CPU and cannot compute in it ({what}). "
+                    "Choose f32"
+                ) from error
 
     def run(self, images: Floats) -> Floats:
         self._require(images.shape)

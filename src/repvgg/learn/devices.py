@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -39,6 +39,30 @@ def require_devices(accelerator: str, devices: int | str | Sequence[int], precis
             f"{available}: lower trainer.devices, or train on the processor with trainer=cpu "
             "(trainer.accelerator=cpu trainer.devices=2 for two processes)"
         )
+
+
+#: In torch.cpu.get_capabilities(): AVX-512, AMX and AVX2 of x86, then Arm's.
+BF16_UNITS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
+
+
+def slow_bf16(asked: Mapping[str, object], accelerator: str = "cpu") -> str | None:
+    """A line to print where bfloat16 is asked for on a processor without units for it; None where it has them.
+
+    Args:
+        asked: keys and values that may ask for it, such as ``{"trainer.precision": "bf16-mixed"}``.
+        accelerator: ``auto`` is a CPU where there is no GPU.
+    """
+    found = [f"{key}={value}" for key, value in asked.items() if str(value).startswith(("bf16", "bfloat16"))]
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if not found or not on_cpu:
+        return None
+    # oneDNN computes in it on any processor with AVX-512, slowly, and may be told to use less than there is.
+    able = torch.cpu.get_capabilities()
+    if any(able.get(unit, False) for unit in BF16_UNITS) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    name = device_name(torch.device("cpu"))
+    what = f"this processor ({name}) has no units for bfloat16 (AVX512-BF16, AMX)"
+    return f"{', '.join(found)}: {what}, float32 is faster on it"
 
 
 def set_tf32(allowed: bool) -> None:
