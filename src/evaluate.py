@@ -158,7 +158,8 @@ def main(cfg: DictConfig) -> float | None:
             int8 = f", int8 by {cfg.int8}" if cfg.int8 is not None else ""
             title = (
                 f"{Path(cfg.ckpt).name} ({weights.naming} naming, {weights.form} form), {subject(choices)}: "
-                f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}{int8}, on {config['device']}"
+                f"{metrics['eval/images']:,.0f} images at {size} px, {cfg.trainer.precision}{int8}, "
+                f"on {config['device']}"
             )
             report.print_evaluation(title, metrics, rows, Console())
     return metrics.get(objective)

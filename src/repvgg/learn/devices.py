@@ -62,7 +62,7 @@ def slow_bf16(asked: Mapping[str, object], accelerator: str = "cpu") -> str | No
         return None
     name = device_name(torch.device("cpu"))
     what = f"this processor ({name}) has no units for bfloat16 (AVX512-BF16, AMX)"
-    return f"{', '.join(found)}: {what}, float32 is faster on it"
+    return f"{', '.join(found)}: {what}, so float32 is likely to be faster"
 
 
 def set_tf32(allowed: bool) -> None:
