@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repvgg.deploy import int8, int8_options
 from repvgg.deploy.export import export_onnx
-from repvgg.deploy.int8 import Int8Network, LayerNoise, noise, quantize, quantize_onnx
+from repvgg.deploy.int8 import Int8Network, LayerNoise, noise, quantize, quantize_onnx, sums_saturate
 from repvgg.deploy.int8_options import METHODS, require_int8
 from repvgg.deploy.runtimes import load_program
 from repvgg.model import to_deploy
@@ -88,7 +88,8 @@ def test_both_backends_compute_one_network(images: Tensor, quantized: dict[str, 
     """Two independent libraries, the same scales by minimum and maximum: they differ by single steps of rounding."""
     a, b = (quantized[backend](images) for backend in BACKENDS)
     exact = net(images).detach()
-    assert (a - b).norm() < 0.5 * (a - exact).norm()
+    if not sums_saturate():  # which is more than rounding
+        assert (a - b).norm() < 0.5 * (a - exact).norm()
     assert 1e-4 < (a - exact).norm() / exact.norm() < 0.05
 
 
@@ -123,7 +124,8 @@ def test_rounding_is_all_that_int8_costs(backend: str) -> None:
     bound = 0.5 * input_step * weight.sum(1) + 0.5 * weight_step * x.sum(1, keepdim=True)
     bound = bound + 20 * 0.25 * input_step * weight_step + input_step * weight_step  # of both, and of the bias
     error = (logits - net(images)).abs()
-    assert (error <= 1.001 * bound).all()
+    if backend == "torch" or not sums_saturate():
+        assert (error <= 1.001 * bound).all()
     assert error.max() > 1e-4
 
 
@@ -313,16 +315,24 @@ def test_no_images_are_an_error(backend: str, net: nn.Module) -> None:
 def test_a_cpu_whose_sums_saturate_is_named(
     net: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     monkeypatch.setattr(int8.platform, "machine", lambda: "x86_64")
     with caplog.at_level(logging.WARNING):
         quantize(net, [images[:2]], backend="onnxruntime")
     assert "no VNNI" in caplog.text
+    for unit in ("avx512_vnni", "avx_vnni"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {"avx2": True, unit: True})
+        assert not sums_saturate()
 
 
 def test_the_libraries_say_nothing(
-    net: nn.Module, images: Tensor, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    net: nn.Module,
+    images: Tensor,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(int8, "sums_saturate", lambda: False)  # what we say ourselves of such a processor
     with caplog.at_level(logging.INFO):
         for backend in BACKENDS:
             quantize(net, [images[:2]], backend=backend, method=METHODS[backend][-1])

@@ -403,10 +403,15 @@ class _Batches:
         return None if batch is None else {self.name: batch}
 
 
-def _warn_without_vnni() -> None:
-    """Older x86 CPUs add two products of uint8 and int8 in 16 bits, which saturate (vpmaddubsw)."""
+def sums_saturate() -> bool:
+    """Whether onnxruntime adds two products of uint8 and int8 in 16 bits here (vpmaddubsw): x86 without any VNNI."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if x86 and not torch.cpu._is_vnni_supported():
+    able = torch.cpu.get_capabilities()
+    return x86 and not (able.get("avx512_vnni", False) or able.get("avx_vnni", False))
+
+
+def _warn_without_vnni() -> None:
+    if sums_saturate():
         log.warning(
             "this CPU has no VNNI: onnxruntime's int8 sums may saturate on it, which costs accuracy that other CPUs do "
             "not lose. The backend torch computes without saturation"
