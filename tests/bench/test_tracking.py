@@ -36,6 +36,7 @@ def logged(out: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> subprocess.C
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_conditions_table_and_picture_are_in_a_run_of_their_own_kind(tmp_path: Path, monkeypatch) -> None:
     done = logged(tmp_path / "new", "end", monkeypatch)
     assert done.returncode == 0, done.stderr[-2000:]

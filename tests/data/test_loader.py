@@ -400,7 +400,7 @@ def test_iterating_in_inference_mode(square: Path) -> None:
     assert torch.equal(images, joined(loader)[0])
 
 
-@pytest.mark.parametrize("ops", ["fused", "stock"])
+@pytest.mark.parametrize("ops", ["fused", heavy("stock")])
 def test_torchs_thread_count_is_left_alone(square: Path, ops: Any) -> None:
     before = torch.get_num_threads()
     try:
@@ -425,6 +425,7 @@ def test_too_many_threads_are_clamped_with_a_warning(
     assert len(batches(loader)) == 10
 
 
+@pytest.mark.slow
 def test_numbas_workqueue_threads_are_refused_for_two_stock_loaders(
     square: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

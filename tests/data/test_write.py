@@ -164,7 +164,7 @@ def test_a_killed_worker_is_one_error_and_not_a_wait(faulty_sources: ModuleType,
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("from_stdin", [True, False])
+@pytest.mark.parametrize("from_stdin", [True, heavy(False)])
 def test_a_script_that_cannot_start_workers_ends(tmp_path: Path, from_stdin: bool) -> None:
     """From stdin there is no file for them to import, without a guard they would run the script again."""
     code = f"""
@@ -295,6 +295,7 @@ def test_a_full_disk_is_one_error(squares: InMemory, tmp_path: Path, monkeypatch
     verify_beton(path, decode=True)
 
 
+@pytest.mark.slow
 def test_ensure_writes_once_even_in_a_race_and_again_for_other_settings(tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
     code = (
@@ -413,6 +414,7 @@ def test_manifest_is_plain_json(varied: Path) -> None:
     assert json.loads(manifest_path(varied).read_text())["samples"] == 101
 
 
+@pytest.mark.slow
 def test_a_single_allowed_core_is_enough(tmp_path: Path) -> None:
     """The writer's process once waited for ever at its end: numba's TBB pool, unloaded after a fork on one core."""
     code = f"""

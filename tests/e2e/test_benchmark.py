@@ -67,6 +67,7 @@ def test_ctrl_c_ends_it_with_one_line(tmp_path: Path) -> None:
 SPEED = ["speed", "--models", "repvgg_a1", "repvgg_a0", "--device", "cpu", "--resolution", "32", "--batch", "1"]
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_and_written(tmp_path: Path) -> None:
     done = benchmark(*SPEED, "--warmup", "0", "--batches", "1", "--rounds", "2", "--out", str(tmp_path / "speed"))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -103,6 +104,7 @@ def rows(text: str) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_inference_beside_another_implementation(tmp_path: Path) -> None:
     peer = ["--against", "support.peer:small", "--against-deploy", "support.peer:deploy"]
     layouts = ["--layouts", "channels_last", "contiguous", "--precisions", "float32", "bfloat16"]

@@ -146,7 +146,8 @@ class SavesAt(pl.Callback):
 @pytest.mark.parametrize(
     ("hook", "call"),
     [
-        *(("on_train_batch_end", 5), ("on_validation_batch_end", 2)),
+        ("on_validation_batch_end", 2),
+        heavy("on_train_batch_end", 5),
         *(heavy(hook, 1) for hook in ("on_fit_start", "on_train_start", "on_validation_end")),
         *(heavy(hook, 2) for hook in ("on_train_epoch_start", "on_validation_start", "on_train_epoch_end")),
         heavy("on_train_batch_start", 7),
@@ -232,7 +233,7 @@ def test_a_run_that_went_on_and_was_stopped_goes_on_as_if_it_had_not_been(
     assert different(checkpoint(tmp_path / "a")["state_dict"], checkpoint(tmp_path / "b")["state_dict"]) == []
 
 
-@pytest.mark.parametrize(("batch", "limit"), [(32, 10), (80, 4)])
+@pytest.mark.parametrize(("batch", "limit"), [heavy(32, 10), (80, 4)])
 def test_another_batch_size_goes_on_with_the_next_images(
     batch: int, limit: int, whole: tuple[Path, Record], digits: Path, tmp_path: Path
 ) -> None:

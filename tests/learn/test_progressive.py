@@ -123,6 +123,7 @@ def test_sizes_change_between_epochs_and_a_resumed_run_has_those_of_its_epochs(p
     assert all(torch.equal(a, b) for a, b in zip(whole.first[2:], resumed.first, strict=True))
 
 
+@pytest.mark.slow
 def test_a_size_is_compiled_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Classifier(compile=True) asks of torch.compile, with a counter in the compiler's place."""
     torch._dynamo.reset()
