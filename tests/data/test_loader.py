@@ -34,6 +34,7 @@ from repvgg.data.loader import SafeLoader, make_loader
 from repvgg.data.sources import InMemory
 from repvgg.data.transforms import CenterCrop, PadCrop, RandomResizedCrop
 from repvgg.data.verify import JPG, CorruptDatasetError, Records, encoded, read_records
+from support.commands import heavy
 
 # isort: split
 from ffcv.transforms import NormalizeImage  # after repvgg.data, which imports FFCV without its side effects

@@ -421,6 +421,7 @@ def test_a_single_allowed_core_is_enough(tmp_path: Path) -> None:
 import os
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
 from repvgg.data.write import ensure_digits
+from support.commands import heavy
 ensure_digits({str(tmp_path)!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": SOURCE_ROOT})
