@@ -21,6 +21,7 @@ from repvgg.data.manifest import DatasetMissingError, Manifest, manifest_path, r
 from repvgg.data.sources import ImageFolder, InMemory, Sample, describe_digits, digits, require_same_classes
 from repvgg.data.verify import RAW, content_sha256, encoded, read_records, verify_beton
 from repvgg.data.write import WriteError, WriteOptions, ensure_beton, ensure_digits, write_beton
+from support.commands import heavy
 
 pytestmark = pytest.mark.timeout(120)
 SOURCE_ROOT = str(Path(__file__).parents[2] / "src")
@@ -421,7 +422,6 @@ def test_a_single_allowed_core_is_enough(tmp_path: Path) -> None:
 import os
 os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
 from repvgg.data.write import ensure_digits
-from support.commands import heavy
 ensure_digits({str(tmp_path)!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": SOURCE_ROOT})
