@@ -345,7 +345,8 @@ def test_a_damaged_file_is_refused_before_it_is_opened(varied: Path, tmp_path: P
 
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_stopping_early_leaves_no_thread_and_no_memory(square: Path, os_cache: bool) -> None:
-    loader = training(square, transform=RandomResizedCrop(128), batch_size=50, os_cache=os_cache)
+    # Two: a pool of as many threads as a large machine has cores is filled only by and by.
+    loader = training(square, transform=RandomResizedCrop(128), batch_size=50, os_cache=os_cache, num_threads=2)
 
     def break_after_one() -> int:
         for _ in loader:

@@ -1,6 +1,7 @@
 """The deploy form in int8, by both backends."""
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from repvgg.deploy.runtimes import load_program
 from repvgg.model import to_deploy
 from support.networks import randomize, tiny
 
+#: Whether oneDNN is told to use less than the processor has, and so may saturate where the processor need not.
+LIMITED = bool({"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"} & set(os.environ))
 BACKENDS = sorted(METHODS)
 #: Where one backend will do for most commits: an export to ONNX takes seconds.
 MOSTLY_TORCH = [pytest.param("onnxruntime", marks=pytest.mark.slow), "torch"]
@@ -277,7 +280,9 @@ def test_a_compiled_graph_computes_the_same(net: nn.Module, images: Tensor, quan
     made = quantize(net, images.split(16), backend="torch", compiled=True)
     reference = quantized["torch"](images)
     exact = net(images).detach()
-    assert (made(images) - reference).norm() < 0.5 * (reference - exact).norm()
+    logits = made(images)
+    if not (sums_saturate() or LIMITED):  # which is more than rounding
+        assert (logits - reference).norm() < 0.5 * (reference - exact).norm()
     with pytest.raises(ValueError, match="compiled=True is torch's"):
         quantize(net, [images], backend="onnxruntime", compiled=True)
 
@@ -319,7 +324,11 @@ def test_a_cpu_whose_sums_saturate_is_named(
     monkeypatch.setattr(int8.platform, "machine", lambda: "x86_64")
     with caplog.at_level(logging.WARNING):
         quantize(net, [images[:2]], backend="onnxruntime")
-    assert "no VNNI" in caplog.text
+        quantize(net, [images[:2]], backend="torch", compiled=True)
+        quantize(net, [images[:2]], backend="torch")
+    assert [record.message.partition(" may")[0] for record in caplog.records if "VNNI" in record.message] == [
+        f"this CPU has no VNNI: int8 sums of {what}" for what in ("onnxruntime", "compiled torch")
+    ]
     for unit in ("avx512_vnni", "avx_vnni"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda unit=unit: {"avx2": True, unit: True})
         assert not sums_saturate()
