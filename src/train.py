@@ -83,7 +83,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.recipe.warmup_epochs >= cfg.trainer.max_epochs:
         raise ValueError(
             f"recipe.warmup_epochs={cfg.recipe.warmup_epochs} does not fit into trainer.max_epochs="
-            f"{cfg.trainer.max_epochs}: lower it, or train longer"
+            f"{cfg.trainer.max_epochs}: lower recipe.warmup_epochs or raise trainer.max_epochs"
         )
     if cfg.data.prepare is None:
         files = {"train": cfg.data.train_file, "val": cfg.data.val_file}

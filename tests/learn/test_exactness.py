@@ -38,7 +38,7 @@ EPOCHS = 2
 STEPS = 14 * EPOCHS
 
 
-class Frozen(nn.BatchNorm2d):
+class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Normalises by its running statistics, in training too: nothing depends on how a batch is shared."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def freeze(net: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for module in randomize(net).modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = Frozen
+            module.__class__ = FrozenBatchNorm2d
             nn.init.normal_(module.weight, 1.0, 0.1, generator=generator)
     return net
 
