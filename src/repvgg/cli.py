@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,8 +248,7 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
 
     Of `REPEATING` nodes only what is not as in train.yaml is there; None is what was removed.
     """
-    usual = OmegaConf.load(ROOT / "conf" / "train.yaml")
-    assert isinstance(usual, DictConfig)
+    usual = _as_in_the_file()
     shown = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("logger", *REPEATING)])
     config = OmegaConf.to_container(shown, resolve=True)
     assert isinstance(config, dict)
@@ -262,6 +262,14 @@ def logged_config(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]
         if own:
             config[node] = {key: resolved.get(key) for key in own}
     return {**{str(k): v for k, v in config.items()}, "choices": dict(choices)}
+
+
+@cache
+def _as_in_the_file() -> DictConfig:
+    """The content of train.yaml, which takes a while to read."""
+    config = OmegaConf.load(ROOT / "conf" / "train.yaml")
+    assert isinstance(config, DictConfig)
+    return config
 
 
 #: Nodes that repeat values of others as interpolations.
