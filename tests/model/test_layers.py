@@ -85,6 +85,13 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
 
 
+class OwnFormula(nn.BatchNorm2d):
+    """Normalises by its running statistics in training too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class RectifyingFrozen(FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()
@@ -156,6 +163,11 @@ def set_forward(module: nn.Module) -> None:
     module.forward = lambda x: x * 2  # type: ignore[method-assign]
 
 
+def zeroed(norm: FrozenBatchNorm2d) -> FrozenBatchNorm2d:
+    norm.weight.zero_()
+    return norm
+
+
 FOLDED: dict[str, Callable[[Block], object]] = {
     "a bias after a fusion": fused,
     "a bias beside a BatchNorm": lambda b: replace_conv(b, bias=True),
@@ -169,6 +181,9 @@ FOLDED: dict[str, Callable[[Block], object]] = {
     "norms one after another": lambda b: replace_norm(b, lambda bn: nn.Sequential(bn, copy.deepcopy(bn))),
     "FrozenBatchNorm2d": lambda b: replace_norm(b, FrozenBatchNorm2d),
     "FrozenBatchNorm2d without eps": lambda b: replace_norm(b, partial(FrozenBatchNorm2d, eps=1e-5)),
+    "a frozen subclass": lambda b: retyped(first(b).bn, OwnFormula),
+    "a frozen subclass, pruned": lambda b: (retyped(first(b).bn, OwnFormula), pruned(b)),
+    "a frozen norm that scales all by 0": lambda b: replace_norm(b, lambda bn: zeroed(FrozenBatchNorm2d(bn))),
     "SyncBatchNorm": lambda b: replace_norm(b, nn.SyncBatchNorm.convert_sync_batchnorm),
     "affine=False": lambda b: replace_norm(b, lambda bn: nn.BatchNorm2d(8, affine=False).double()),
     "no bias of a norm": lambda b: first(b).bn.register_parameter("bias", None),
@@ -241,10 +256,13 @@ REFUSED: dict[str, tuple[Callable[[Block], object], str]] = {
         r"layer 'branches\.0\.conv\.1': ReLU is not a batch normalisation",
     ),
     "nothing in a Sequential": (lambda b: setattr(first(b), "conv", nn.Sequential()), CONV + "Sequential is no Conv2d"),
-    "a norm that rectifies": (lambda b: retyped(first(b).bn, Rectifying), NORM + r"Rectifying overrides BatchNorm2d"),
+    "a norm that rectifies": (
+        lambda b: retyped(first(b).bn, Rectifying),
+        NORM + "Rectifying computes something else than a BatchNorm",
+    ),
     "a frozen norm that rectifies": (
         lambda b: replace_norm(b, RectifyingFrozen),
-        NORM + "RectifyingFrozen computes something else than a frozen BatchNorm",
+        NORM + "RectifyingFrozen computes something else than a BatchNorm",
     ),
     "a frozen norm with a hidden eps": (
         lambda b: replace_norm(b, partial(FrozenBatchNorm2d, eps=1e-3)),

@@ -4,11 +4,11 @@ from repvgg.model.activated import Activated
 from repvgg.model.affine import Affine, conv_as_affine, identity_map, norm_as_affine
 from repvgg.model.block import Block, FoldedBlock, FusedBlock, SqueezeExcite, memory_format_of
 from repvgg.model.branches import Branch, BranchFactory, ConvBN, ConvShape, Identity, Summand
-from repvgg.model.convert import Equivalence, copied, equivalence, not_fused, relative, to_deploy
+from repvgg.model.convert import Equivalence, equivalence, not_fused, relative, to_deploy
 from repvgg.model.count import count_macs, count_parameters, count_winograd_muls
 from repvgg.model.dirac import Dirac
 from repvgg.model.diverse import PointwiseAverage, PointwiseConv
-from repvgg.model.layers import NotAffineError
+from repvgg.model.layers import NotAffineError, copied
 from repvgg.model.network import RepVGG, StageFactory
 from repvgg.model.orepa import Orepa
 from repvgg.model.residual import ResidualStage, count_shortcuts

@@ -9,7 +9,6 @@ Letters: O output channels, I input channels, g groups, k kernel size (odd).
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -18,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from repvgg.model.layers import NotAffineError, in_order, other_forward, unwrapped
+from repvgg.model.layers import NotAffineError, copied, in_order, other_forward, unwrapped
 
 
 class Affine:
@@ -248,8 +246,8 @@ def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale ``γ / sqrt(σ² + ε)`` and shift ``β − μ γ / sqrt(σ² + ε)`` of an eval-mode BatchNorm (equation 2).
 
     Args:
-        norm: BatchNorm2d, SyncBatchNorm, or a class called FrozenBatchNorm2d (torchvision's, detectron2's, DETR's),
-            which has the same formula on buffers.
+        norm: BatchNorm2d or SyncBatchNorm, or a module with their tensors whose own forward is found to compute this,
+            as the FrozenBatchNorm2d of torchvision and others does.
         like: of the dtype and device wanted.
 
     Returns:
@@ -258,46 +256,43 @@ def norm_as_affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         NotAffineError: ``norm`` is none of these, or has no running statistics and so no fixed scale.
     """
-    frozen = any(kind.__name__ == FROZEN for kind in type(norm).__mro__)
-    if not frozen and (why := other_forward(norm, nn.BatchNorm2d, nn.SyncBatchNorm)):
-        what = why if isinstance(norm, _BatchNorm) else "is not a batch normalisation"
-        raise NotAffineError(f"{type(norm).__name__} {what}: it cannot be folded into a kernel", norm)
-    scale, shift = _scale_and_shift(norm, like)
-    if frozen and not scale.is_meta:
-        _require_formula(norm)
-    return scale, shift
-
-
-#: Nothing derives it from a class of torch, so that only its name tells.
-FROZEN = "FrozenBatchNorm2d"
+    name = type(norm).__name__
+    why = other_forward(norm, nn.BatchNorm2d, nn.SyncBatchNorm)
+    if why and not (hasattr(norm, "running_mean") and hasattr(norm, "running_var")):
+        raise NotAffineError(f"{name} is not a batch normalisation: it cannot be folded into a kernel", norm)
+    if norm.running_mean is None or norm.running_var is None:
+        raise NotAffineError(f"{name} keeps no running statistics (track_running_stats=False): nothing to fold", norm)
+    if why and not _computes_the_formula(norm):
+        raise NotAffineError(f"{name} computes something else than a BatchNorm in eval mode: it cannot be folded", norm)
+    return _scale_and_shift(norm, like)
 
 
 def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    if norm.running_mean is None or norm.running_var is None:
-        raise NotAffineError(
-            f"{type(norm).__name__} keeps no running statistics (track_running_stats=False): nothing to fold", norm
-        )
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     scale = (norm.running_var.to(like) + getattr(norm, "eps", 1e-5)).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(like)
+    if weight is not None:
+        scale = scale * weight.to(like)
     shift = -norm.running_mean.to(like) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.to(like)
+    if bias is not None:
+        shift = shift + bias.to(like)
     return scale, shift
 
 
 @torch.no_grad()
-def _require_formula(norm: nn.Module) -> None:
-    """Compare a norm that its name alone tells with what it computes, over many magnitudes of both signs."""
-    exact = copy.deepcopy(norm).double().eval()
-    like = next(exact.buffers())
-    values = torch.tensor([0.0, 0.1, 1.0, 10.0, 1e4], dtype=like.dtype, device=like.device)
-    values = torch.cat([-values, values])
-    scale, shift = _scale_and_shift(exact, like)
-    expected = scale[:, None] * values + shift[:, None]
-    found = exact.forward(values.expand(1, len(scale), 1, -1))[0, :, 0]
-    if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
-        raise NotAffineError(f"{type(norm).__name__} computes something else than a frozen BatchNorm", norm)
+def _computes_the_formula(norm: nn.Module) -> bool:
+    """Compare a copy, its tensors drawn at random, with equation 2 on maps of both signs and many magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    exact = copied(norm).to_empty(device="cpu").double().eval()
+    for tensor in (*exact.parameters(), *exact.buffers()):
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2.0, generator=generator)
+    exact._forward_hooks.clear()  # which are not carried over
+    size = (2, len(exact.running_mean), 7, 5)  # type: ignore[arg-type]
+    powers = torch.randint(-2, 6, size, generator=generator)
+    images = torch.randn(size, generator=generator, dtype=torch.float64) * 10.0**powers
+    found = exact(images)  # after which weights that a hook computes are new
+    scale, shift = _scale_and_shift(exact, images)
+    return torch.allclose(found, images * scale[:, None, None] + shift[:, None, None], rtol=1e-9, atol=1e-9)
 
 
 def identity_map(channels: int, groups: int, *, dtype: torch.dtype, device: torch.device) -> Affine:

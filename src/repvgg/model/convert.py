@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from repvgg.model.affine import Affine, folded
 from repvgg.model.block import Block, FoldedBlock, FusedBlock, memory_format_of
 from repvgg.model.branches import Branch
 from repvgg.model.fused import has_hooks
-from repvgg.model.layers import NotAffineError, as_evaluated, computes_weight, replaced, unwrapped
+from repvgg.model.layers import NotAffineError, as_evaluated, computes_weight, copied, replaced, unwrapped
 from repvgg.model.tensorfile import some
 
 
@@ -64,21 +63,6 @@ def to_deploy(model: nn.Module, *, fold_dtype: torch.dtype = torch.float64) -> n
         if inner is not module:
             memo[id(module)] = copied(inner, memo)
     return copied(model, memo).eval()
-
-
-def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
-    """A deep copy, also where a hook computes weights (pruning), which deepcopy by itself refuses.
-
-    Args:
-        model: any module.
-        memo: deepcopy's own.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _hooked(blocks: dict[str, Block]) -> list[str]:

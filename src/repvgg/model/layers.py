@@ -6,6 +6,7 @@ lost in silence, so each layer is checked here first, and an error names what ca
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,6 +129,21 @@ def weight_without_hooks(layer: nn.Module) -> Tensor:
         )
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight
+
+
+def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """A deep copy, also where a hook computes weights (pruning), which deepcopy by itself refuses.
+
+    Args:
+        model: any module.
+        memo: deepcopy's own.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager
