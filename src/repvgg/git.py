@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def git_sha() -> str:
     """Of this package's checkout, with ``-dirty`` where files were changed since; ``unknown`` outside of one."""
     git = subprocess.run(
