@@ -153,7 +153,7 @@ def test_a_job_that_fails_costs_no_other(slurm: Slurm, digits: Path, tmp_path: P
     overrides = small(digits, tmp_path, "hydra.launcher.cpus_per_task=1", f"hydra.sweep.dir={tmp_path}/sweep")
     said = slurm.run(
         *(*TRAIN, "-m", "hydra/launcher=submitit_slurm", "hydra.sweep.subdir=${hydra:job.num}"),
-        *("recipe.batch_size=64,0", *overrides),
+        *("recipe.batch_size=64,2000", *overrides),
         cwd=ROOT,
         check=False,
     )
