@@ -129,7 +129,7 @@ def build_trainer(cfg: DictConfig, environment: object) -> "pl.Trainer":
 
 
 def smallest_side(cfg: DictConfig) -> int:
-    """Of the training images in any epoch, in pixels."""
+    """Return the smallest side of the training images in any epoch, in pixels."""
     sizes = [cfg.data.train_transform.get("size", cfg.data.resolution)]
     for key in ("start", "end"):
         sizes.append(OmegaConf.select(cfg, f"callbacks.resize.{key}") or sizes[0])

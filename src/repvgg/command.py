@@ -31,7 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from repvgg.cli import NODE_OF_GROUP, ROOT, WRONG_INPUT, clear_errors, folder_to_be, options
 from repvgg.identity import key_of
-from repvgg.inputs import leaves, meant_keys, nearest, nothing_reads, wrong_values
+from repvgg.influence import flat
+from repvgg.inputs import meant_keys, nearest, nothing_reads, wrong_values
 
 Check = Callable[[DictConfig], object]
 #: While it is set, Hydra raises what it cannot compose. It would print it, with the hint to add a + to the key.
@@ -159,7 +160,7 @@ def _in_one_line(error: OmegaConfBaseException, unresolved: Any = None) -> str:
     """With the key whose own value it is, not of the first that refers to it."""
     said = str(error).splitlines()[0]
     missing = re.search(r"Interpolation key '([\w.]+)' not found", said)
-    own = [k for k, v in leaves(unresolved or {}) if missing is not None and f"${{{missing[1]}}}" in str(v)]
+    own = [k for k, v in flat(unresolved or {}) if missing is not None and f"${{{missing[1]}}}" in str(v)]
     return f"{own[0] if own else error.full_key}: {said}"
 
 
@@ -262,7 +263,7 @@ def _unknown_key(name: str, overrides: Sequence[str]) -> str | None:
             return None
     keys = [str(key) for key in cfg if key != "hydra"]
     config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, keys), resolve=False)
-    known = [key for key, _ in leaves(config)]
+    known = [key for key, _ in flat(config)]
     groups = [str(group) for group in cfg.hydra.runtime.choices if "/" not in str(group)]
     inner = {parent for key in known for parent in itertools.accumulate(key.split("."), "{}.{}".format)}
     for override in overrides:

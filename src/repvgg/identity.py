@@ -274,7 +274,7 @@ def _is_set_by(typed: str, key: str) -> bool:
 
 
 def _commit(config: Mapping[str, Any]) -> str | None:
-    """Of a flat config; the same with changes in the working tree and without, which are of whoever types."""
+    """The commit in a flat config, without ``-dirty``: changes in the working tree belong to whoever types."""
     sha = str(config.get("git.sha", "unknown")).removesuffix("-dirty")
     return None if sha == "unknown" else sha
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Kind(Enum):
@@ -151,7 +152,7 @@ def is_under(key: str, node: str) -> bool:
     return key == node or key.startswith(f"{node}.")
 
 
-def flat(config: Mapping[str, object], parent: str = "") -> Iterator[tuple[str, object]]:
+def flat(config: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; an empty node is a value."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:

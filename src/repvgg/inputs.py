@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from repvgg.influence import flat
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -400,7 +402,7 @@ def wrong_values(
             value is looked at.
         groups: that can be chosen, for the key that is meant.
     """
-    values = dict(leaves(unresolved))
+    values = dict(flat(unresolved))
     named = {name for value in values.values() for name in re.findall(r"\$\{([\w.]+)\}", str(value))}
     keys = {name for name in named if not name.startswith(".")}
     relative = {name.rpartition(".")[2] for name in named if name.startswith(".")}
@@ -412,7 +414,7 @@ def wrong_values(
     for kind, key, value, rule in _walk(TABLES[command], config or unresolved, ""):
         if kind == "unread" and not is_referred_to(key):
             others = [other for other in known if other != key and not other.startswith(f"{key}.")]
-            inner = [f"{key}.{name}" for name, _ in leaves(value)] if isinstance(value, Mapping) else []
+            inner = [f"{key}.{name}" for name, _ in flat(value)] if isinstance(value, Mapping) else []
             yield nothing_reads(next((name for name in (key, *inner) if nearest(name, others)), key), others)
         elif kind == "missing":
             yield f"{key} is missing: {f'choose {key}=OPTION' if rule is NODE else f'it must be {rule.words}'}"
@@ -453,15 +455,6 @@ def _walk(table: Any, node: Any, prefix: str) -> Iterator[tuple[str, str, Any, R
         for key, rule in known.items():
             if key not in node and f"{prefix}{key}" not in MAY_BE_MISSING and not _has_target(node):
                 yield "missing", f"{prefix}{key}", None, rule if isinstance(rule, Rule) else NODE
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a config that has no keys of its own."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def written(value: Any) -> str:

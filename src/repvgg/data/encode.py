@@ -268,7 +268,7 @@ def encode_chunk(source: ImageSource, indices: list[int], options: WriteOptions,
         try:
             sample = source[index]
         except OSError as error:
-            # Of a file that is named, not of this process.
+            # An error that names a file is not one of this process.
             of_a_file = error.filename is not None and error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
             name = os.fsdecode(error.filename) if of_a_file else f"sample {index}"
             outcome: Encoded | Bad = Bad(name, f"cannot be read: {error.strerror or error}", skippable=of_a_file)

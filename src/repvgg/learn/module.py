@@ -96,7 +96,7 @@ def recompute_blocks(net: nn.Module, recompute: bool) -> None:
 
 
 def steps_per_epoch(trainer: pl.Trainer) -> int:
-    """Of the optimiser, once the trainer knows its batches."""
+    """Count the optimiser's steps in an epoch; the trainer must know its batches."""
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 

@@ -150,7 +150,7 @@ def _torch_load(path: Path) -> object:
 
 
 def _metadata(content: object) -> dict[str, str]:
-    """Of a file that was written here, or the choices and classes of a training's checkpoint."""
+    """Return the metadata of a file that was written here, or the choices and classes of a training's checkpoint."""
     if not isinstance(content, Mapping):
         return {}
     said, run = content.get("metadata"), content.get(RUN)
